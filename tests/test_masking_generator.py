@@ -1,0 +1,176 @@
+"""Masking rules: counts, partitions, independence, repeatability; the distribution of the adaptive draw."""
+
+import ast
+import itertools
+import math
+
+import pytest
+import torch
+from golden import needs_golden, table
+
+from masking_generator import (
+    RULES,
+    MaskingGenerator,
+    draw_without_replacement,
+    sampler_network,
+    split_tokens,
+    visible_count,
+)
+
+WINDOWS = [(8, 14, 14), (4, 3, 3), (8, 4, 4), (2, 5, 7)]
+RATIOS = [0.5, 0.75, 0.8, 0.9]
+
+
+def uniform(batch: int, window: tuple[int, int, int]) -> torch.Tensor:
+    return torch.zeros(batch, math.prod(window)).log_softmax(1)
+
+
+@needs_golden
+@pytest.mark.parametrize("key", [k for k in table("mask_counts") if k.startswith("(")])
+def test_counts_equal_the_published_ones(key):
+    window, ratio = key.rsplit("_", 1)
+    window, ratio, counts = ast.literal_eval(window), float(ratio), table("mask_counts")[key]
+    tokens = math.prod(window)
+    assert visible_count("tube", ratio, window) == tokens - counts["tube_total"]
+    assert visible_count("random", ratio, window) == tokens - counts["random_total"]
+    assert visible_count("adaptive", ratio, window) == counts["adamae_visible"] == counts["mae_st_keep"]
+
+
+@needs_golden
+@pytest.mark.parametrize("key", [k for k in table("mask_counts") if k.startswith("visible_of_1568")])
+def test_adaptive_counts_of_the_paper(key):
+    ratio = float(key.rsplit("_", 1)[1])
+    assert visible_count("adaptive", ratio, (8, 14, 14)) == table("mask_counts")[key]
+
+
+@pytest.mark.parametrize("mask_type", RULES)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_visible_and_masked_partition_all_tokens(mask_type, window, ratio):
+    masking = MaskingGenerator(mask_type=mask_type, mask_ratio=ratio, window=window)
+    visible, masked = masking(uniform(5, window))
+    tokens = math.prod(window)
+    assert visible.shape == (5, masking.num_visible) and masked.shape == (5, tokens - masking.num_visible)
+    assert torch.equal(torch.cat([visible, masked], 1).sort(1).values, torch.arange(tokens).expand(5, -1))
+    assert (visible.diff(dim=1) > 0).all() and (masked.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("mask_type", RULES)
+def test_samples_differ_draws_differ_and_a_seed_repeats(mask_type):
+    masking = MaskingGenerator(mask_type=mask_type, mask_ratio=0.75, window=(8, 6, 6))
+    log_p = uniform(16, (8, 6, 6))
+    torch.manual_seed(1)
+    first, second = masking(log_p).visible, masking(log_p).visible
+    torch.manual_seed(1)
+    again = masking(log_p).visible
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    assert len({tuple(row.tolist()) for row in first}) > 1
+
+
+def test_tube_masks_the_same_places_in_every_slot():
+    masking = MaskingGenerator(mask_type="tube", mask_ratio=0.9, window=(8, 14, 14))
+    visible = masking(uniform(3, (8, 14, 14))).visible.view(3, 8, 20)
+    assert torch.equal(visible % 196, (visible[:, :1] % 196).expand(-1, 8, -1))
+
+
+def test_frame_shows_whole_slots():
+    masking = MaskingGenerator(mask_type="frame", mask_ratio=0.875, window=(8, 14, 14))
+    visible = masking(uniform(3, (8, 14, 14))).visible
+    assert masking.num_visible == 196
+    assert all(len(set((row // 196).tolist())) == 1 for row in visible)
+
+
+def test_block_masks_connected_regions():
+    """Masked tokens of the block rule have far more masked neighbours than at random."""
+
+    def masked_neighbours(mask_type):
+        masking = MaskingGenerator(mask_type=mask_type, mask_ratio=0.5, window=(8, 14, 14))
+        hidden = torch.zeros(64, 8 * 14 * 14).scatter(1, masking(uniform(64, (8, 14, 14))).masked, 1.0)
+        hidden = hidden.view(64, 8, 14, 14)
+        return (hidden[..., 1:] * hidden[..., :-1]).sum() / hidden[..., :-1].sum()
+
+    torch.manual_seed(0)
+    assert masked_neighbours("random") < 0.55
+    assert masked_neighbours("block") > 0.75
+
+
+def exact_inclusion(p: list[float], count: int) -> torch.Tensor:
+    """P(i drawn) in `count` draws without replacement, by summing over all ordered draws."""
+    included = torch.zeros(len(p), dtype=torch.float64)
+    for order in itertools.permutations(range(len(p)), count):
+        left, chance = 1.0, 1.0
+        for i in order:
+            chance *= p[i] / left
+            left -= p[i]
+        included[list(order)] += chance
+    return included
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_adaptive_draw_has_the_exact_inclusion_probabilities(count):
+    p = [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]
+    draws = 40_000
+    torch.manual_seed(3)
+    drawn = draw_without_replacement(torch.tensor(p).log().expand(draws, -1), count)
+    frequency = torch.bincount(drawn.flatten(), minlength=len(p)).double() / draws
+    expected = exact_inclusion(p, count)
+    standard_error = (expected * (1 - expected) / draws).sqrt().clamp_min(1e-4)
+    assert ((frequency - expected).abs() / standard_error).max() < 4.5
+
+
+def test_adaptive_draw_with_probabilities_of_zero():
+    """More draws than probabilities above zero: the likely ones first, no duplicates, nothing non-finite."""
+    logits = torch.full((100, 64), -1e4)
+    logits[:, :3] = 0.0
+    log_p = logits.log_softmax(1)
+    assert (log_p.exp() > 0).sum() == 300
+    drawn = draw_without_replacement(log_p, 8)
+    assert all(len(set(row.tolist())) == 8 and {0, 1, 2} <= set(row.tolist()) for row in drawn)
+    later = drawn[:, 3:].flatten()
+    assert len(later.unique()) > 40  # among equals the draw stays random
+
+
+def test_adaptive_draw_in_half_precision_is_made_in_float32():
+    log_p = torch.tensor([[0.0, -0.0625, -8.0, -8.0]]).log_softmax(1).half()
+    assert draw_without_replacement(log_p, 2).dtype == torch.int64
+
+
+def test_split_tokens_takes_any_order():
+    visible, masked = split_tokens(torch.tensor([[5, 0, 3]]), 6)
+    assert visible.tolist() == [[0, 3, 5]] and masked.tolist() == [[1, 2, 4]]
+
+
+@pytest.mark.parametrize(
+    ("mask_type", "ratio", "words"),
+    [
+        ("tubes", 0.9, "no such rule"),
+        ("tube", 1.0, "between 0 and 1"),
+        ("adaptive", 0.9999, "shows 0 of 1568"),
+        ("frame", 0.05, "shows 1568 of 1568"),
+    ],
+)
+def test_impossible_settings_are_refused(mask_type, ratio, words):
+    with pytest.raises(ValueError, match=words):
+        MaskingGenerator(mask_type=mask_type, mask_ratio=ratio, window=(8, 14, 14))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"depth": 2},
+        {"width": 16},
+        {"width": 16, "depth": 2},
+        {"kind": "mlp"},
+        {"kind": "mlp", "width": 8},
+    ],
+)
+def test_sampler_networks_score_every_token(settings):
+    network = sampler_network(dim=32, **settings)
+    assert network(torch.randn(2, 10, 32)).shape == (2, 10, 1)
+
+
+def test_sampler_width_must_suit_its_heads():
+    with pytest.raises(ValueError, match="sampler_dim 20"):
+        sampler_network(dim=32, width=20)
