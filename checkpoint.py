@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,10 @@ def read_checkpoint(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
+        if zipfile.is_zipfile(path):  # torch's own format, with a checksum for each tensor that torch ignores
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its unpickler meets in a damaged file

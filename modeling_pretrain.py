@@ -44,8 +44,7 @@ class PretrainEncoder(nn.Module):
 
     Args:
         sampler: keyword arguments of `sampler_network`, or None for a model without one (VideoMAE).
-        sampler_amp: run the sampling network in autocast's type; by default it stays in float32.
-        softmax_temp: divides the logits before the softmax; the published code has no temperature.
+        sampler_options: keyword arguments of `log_probs`.
     """
 
     def __init__(
@@ -55,8 +54,7 @@ class PretrainEncoder(nn.Module):
         patch: int,
         window: Window,
         sampler: dict | None,
-        sampler_amp: bool = False,
-        softmax_temp: float = 1.0,
+        sampler_options: dict | None = None,
         pos_embed: str = "sinusoid_1d",
         **block_settings,
     ):
@@ -65,20 +63,39 @@ class PretrainEncoder(nn.Module):
         self.register_buffer("positions", POSITIONS[pos_embed](window, size.dim), persistent=False)
         self.blocks = Blocks(dim=size.dim, depth=size.depth, heads=size.heads, **block_settings)
         self.norm = nn.LayerNorm(size.dim, eps=1e-6)
-        self.sampler_amp, self.softmax_temp = sampler_amp, softmax_temp
+        self.sampler_options = sampler_options or {}
         self.get_token_probs = None
         if sampler is not None:
             self.pos_embed_probs = nn.Parameter(torch.zeros(1, len(self.positions), size.dim))
             self.get_token_probs = sampler_network(dim=size.dim, **sampler)
 
-    def log_probs(self, tokens: Tensor) -> Tensor:
-        """log P over all tokens: (B,N,D) -> (B,N) float32; uniform where there is no sampler."""
+    def log_probs(
+        self,
+        tokens: Tensor,
+        *,
+        amp: bool = False,
+        temperature: float = 1.0,
+        positions: bool = False,
+        detach: bool = False,
+    ) -> Tensor:
+        """log P over all tokens: (B,N,D) -> (B,N) float32; uniform where there is no sampler.
+
+        The defaults are the published code's, in float32 even under autocast.
+
+        Args:
+            amp: run the network in autocast's type.
+            temperature: divides the logits before the softmax.
+            positions: give the network position-encoded tokens, as the paper writes.
+            detach: keep the sampling loss from the tubelet embedding.
+        """
         if self.get_token_probs is None:
             return tokens.new_zeros(tokens.shape[:2], dtype=torch.float32).log_softmax(1)
-        amp = self.sampler_amp and torch.is_autocast_enabled(tokens.device.type)
-        with torch.autocast(tokens.device.type, enabled=amp):
-            logits = self.get_token_probs(tokens.float() + self.pos_embed_probs).squeeze(2)  # (B,N)
-        return (logits.float().nan_to_num() / self.softmax_temp).log_softmax(1)
+        x = (tokens.detach() if detach else tokens).float() + self.pos_embed_probs  # (B,N,D)
+        x = x + self.positions if positions else x
+        mixed = amp and torch.is_autocast_enabled(tokens.device.type)
+        with torch.autocast(tokens.device.type, enabled=mixed):
+            logits = self.get_token_probs(x).squeeze(2)  # (B,N)
+        return (logits.float().nan_to_num() / temperature).log_softmax(1)
 
     def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
         x = gather_tokens(tokens, visible) + gather_tokens(self.positions, visible)  # (B,Nv,D)
@@ -105,8 +122,8 @@ class PretrainVisionTransformer(nn.Module):
         size: widths, depths and heads; `decoder_depth` blocks in the decoder.
         patch, window: pixels per side of a token, and the grid of tokens (T', H', W').
         mask_type, mask_ratio: as in `MaskingGenerator`.
-        sampler: keyword arguments of `sampler_network`; with `sampler_amp` and `softmax_temp` of
-            `PretrainEncoder` it matters only when the masking is adaptive.
+        sampler, sampler_options: keyword arguments of `sampler_network` and of `PretrainEncoder.log_probs`,
+            used when the masking is adaptive.
         pos_embed: "sinusoid_1d" over the flattened index (published code) or "sinusoid_3d" (paper).
         attn_init: "xavier" (published) or "identity": keys start equal to queries, so that each token attends
             to tokens like itself from the first step.
@@ -124,8 +141,7 @@ class PretrainVisionTransformer(nn.Module):
         mask_ratio: float = 0.95,
         decoder_depth: int = 4,
         sampler: dict | None = None,
-        sampler_amp: bool = False,
-        softmax_temp: float = 1.0,
+        sampler_options: dict | None = None,
         pos_embed: str = "sinusoid_1d",
         attn_init: str = "xavier",
         drop_path: float = 0.0,
@@ -140,8 +156,7 @@ class PretrainVisionTransformer(nn.Module):
             patch=patch,
             window=window,
             sampler=(sampler or {}) if self.masking.adaptive else None,
-            sampler_amp=sampler_amp,
-            softmax_temp=softmax_temp,
+            sampler_options=sampler_options,
             pos_embed=pos_embed,
             **blocks,
         )
@@ -189,7 +204,7 @@ class PretrainVisionTransformer(nn.Module):
             visible: indices (B,Nv) to see instead of drawing them; any number, distinct within a sample.
         """
         tokens = self.encoder.patch_embed(clip)  # (B,N,D)
-        log_probs = self.encoder.log_probs(tokens)  # (B,N)
+        log_probs = self.encoder.log_probs(tokens, **self.encoder.sampler_options)  # (B,N)
         if visible is None:
             visible, masked = self.masking(log_probs)  # (B,Nv), (B,Nm)
         else:

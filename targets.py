@@ -58,14 +58,20 @@ def reconstruction_targets(pixels: Tensor, masked: Tensor, patch: int, *, normal
     return rearrange((rearrange(tokens, "b n (x c) -> b n x c", c=3) - mean) / std, "b n x c -> b n (x c)")
 
 
-def reconstruction_error(prediction: Tensor, target: Tensor, loss: str = "mse") -> Tensor:
-    """Error of each masked token, in float32: (B,Nm,P) twice -> (B,Nm). `loss` is "mse" or "l1".
+ERRORS = {
+    "mse": lambda difference: difference.square().mean(2),
+    "l1": lambda difference: difference.abs().mean(2),
+    "l2": lambda difference: difference.norm(dim=2),
+}
 
-    Its mean is the reconstruction loss L_R (AdaMAE section 3.2; the paper writes an l2 norm, the published
-    code takes the mean square).
+
+def reconstruction_error(prediction: Tensor, target: Tensor, loss: str = "mse") -> Tensor:
+    """Error of each masked token, in float32: (B,Nm,P) twice -> (B,Nm); `loss` is one of `ERRORS`.
+
+    Its mean is the reconstruction loss L_R (AdaMAE section 3.2). The published code takes the mean square,
+    "mse", where the paper writes an l2 norm.
     """
-    difference = prediction.float() - target
-    return (difference.square() if loss == "mse" else difference.abs()).mean(2)  # (B,Nm)
+    return ERRORS[loss](prediction.float() - target)  # (B,Nm)
 
 
 def sampling_loss(log_probs: Tensor, masked: Tensor, error: Tensor, form: str = "log") -> Tensor:

@@ -230,6 +230,11 @@ def test_sampling_loss_reaches_only_the_sampler_and_the_embedding():
     assert "encoder.get_token_probs.0.attn.qkv.weight" in touched
 
 
+def test_a_detached_sampling_loss_leaves_the_embedding_alone():
+    grads = backward(tiny(sampler_options={"detach": True}), reconstruction=0.0, sampling=1.0)
+    assert all(is_sampler(n) for n, g in grads.items() if g.abs().max() > 0)
+
+
 def test_reconstruction_loss_does_not_reach_the_sampler():
     grads = backward(tiny(), reconstruction=1.0, sampling=0.0)
     assert all(g.abs().max() == 0 for n, g in grads.items() if is_sampler(n))
@@ -256,7 +261,7 @@ def test_any_size_number_of_frames_and_rule(mask_type, input_size, num_frames):
         {"sampler": {"kind": "mlp"}},
         {"pos_embed": "sinusoid_3d"},
         {"drop_path": 0.3, "checkpoint_activations": True},
-        {"softmax_temp": 0.5},
+        {"sampler_options": {"temperature": 0.5, "positions": True}},
     ],
 )
 def test_settings_train(settings):
@@ -281,8 +286,7 @@ def test_sampler_stays_in_float32_under_autocast():
     exact = model.encoder.log_probs(tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(model.encoder.log_probs(tokens), exact)
-        model.encoder.sampler_amp = True
-        mixed = model.encoder.log_probs(tokens)
+        mixed = model.encoder.log_probs(tokens, amp=True)
     assert mixed.dtype == torch.float32 and not torch.equal(mixed, exact)
 
 
