@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Makes .venv at the top of the repository and installs the pinned requirements into it.
+#
+#   bash scripts/env.sh            everything: the programs and their tests
+#   bash scripts/env.sh runtime    what the programs need, without the tests' packages
+#
+# Needs python3 (3.10-3.12; PYTHON=... names another one) and the package registry. Repeating it costs nothing;
+# interrupting it does no harm: an installation that did not end is made anew.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() { echo "env.sh: $*" >&2; exit 1; }
+
+case "${1:-all}" in
+    all) files=(requirements.txt requirements-test.txt) ;;
+    runtime) files=(requirements.txt) ;;
+    *) fail "unknown argument '$1': give 'runtime', or nothing for everything" ;;
+esac
+
+candidates=(python3 python3.12 python3.11 python3.10)
+if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+
+find_python() {
+    local candidate
+    for candidate in "${candidates[@]}"; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.10, 3.11 or 3.12 found (tried: ${candidates[*]}):" \
+        "install one, or name it: PYTHON=/path/to/python3.11 bash scripts/env.sh"
+}
+
+make_venv() {
+    local python
+    python=$(find_python)
+    echo "env.sh: making .venv with $("$python" --version)"
+    rm -rf .venv
+    mkdir .venv
+    touch .venv/.unfinished
+    "$python" -m venv .venv ||
+        fail "'$python -m venv' failed, see above. Debian and Ubuntu ship it as a package of its own:" \
+            "have python3-venv installed, or name a complete Python with PYTHON=..."
+}
+
+stamp() { cksum "$1"; } # checksum, size and name of one requirements file
+is_installed() { [[ "$(cat ".venv/.installed-$1" 2>/dev/null)" == "$(stamp "$1")" ]]; }
+
+install_requirements() {
+    local file uv
+    touch .venv/.unfinished
+    uv=$(command -v uv || true)
+    if [[ -z $uv ]]; then
+        uv=.venv/bin/uv
+        [[ -x $uv ]] || .venv/bin/python -m pip install --quiet uv || fail "pip could not install uv, see above"
+    fi
+    echo "env.sh: installing ${files[*]}"
+    "$uv" pip install --python .venv/bin/python "${files[@]/#/--requirement=}" ||
+        fail "the installation failed, see above; run this again once the cause is gone"
+    for file in "${files[@]}"; do stamp "$file" >".venv/.installed-$file"; done
+    rm .venv/.unfinished
+}
+
+main() {
+    local file
+    if [[ -e .venv/.unfinished ]] || ! .venv/bin/python -c '' 2>/dev/null; then make_venv; fi
+    for file in "${files[@]}"; do
+        is_installed "$file" || { install_requirements; break; }
+    done
+}
+
+# Two of these at once (the demo beside the tests) take turns, where the system has flock.
+(if command -v flock >/dev/null; then flock 9; fi; main) 9<requirements.txt

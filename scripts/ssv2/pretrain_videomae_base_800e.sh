@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# VideoMAE, ViT-B, Something-Something V2, tube masking at 0.9, 800 epochs.
+# 64 GPUs x 32 = 2048 clips a step.
+# To reproduce: 69.6 / 92.0 top-1 / top-5 after fine-tuning, 2 x 3 views (VideoMAE model zoo).
+source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
+TOTAL_BATCH=2048
+BATCH_SIZE=${BATCH_SIZE:-32}
+
+pretrain --model pretrain_videomae_base_patch16_224 --decoder_depth 4 \
+    --mask_type tube --mask_ratio 0.9 --sampling_rate 2 --epochs 800 \
+    "$@"

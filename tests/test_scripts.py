@@ -1,0 +1,287 @@
+"""The launch scripts and requirements: what would run is what they say, and the program understands it."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modeling_pretrain import PRETRAIN_MODELS
+from run_mae_pretraining import get_args_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
+RECIPES = sorted(ROOT.glob("scripts/*/pretrain_*.sh"))
+BATCH_COMMENT = re.compile(r"^# (\d+) GPUs x (\d+) = (\d+) clips a step\.$", re.MULTILINE)
+ADAMAE = ROOT / "scripts/ssv2/pretrain_adamae_base_800e.sh"
+
+of_every_recipe = pytest.mark.parametrize(
+    "recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+
+
+def run(script: Path, *arguments: str, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
+    """Runs a script with nothing of this process's environment but PATH and HOME."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    env = kept | {"PYTHON": sys.executable} | {name: str(value) for name, value in environment.items()}
+    return subprocess.run(
+        ["bash", str(script), *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+def command_of(recipe: Path, *arguments: str, **environment) -> list[str]:
+    """The command that a recipe would run, on one machine with one GPU unless `environment` says more."""
+    defaults = {"DRY_RUN": 1, "DATA_PATH": "train.csv", "NPROC_PER_NODE": 1}
+    done = run(recipe, *arguments, **(defaults | environment))
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout)
+
+
+def program_flags(command: list[str]) -> list[str]:
+    (program,) = [i for i, word in enumerate(command) if word.endswith("run_mae_pretraining.py")]
+    return command[program + 1 :]
+
+
+def parsed(recipe: Path, *arguments: str, **environment):
+    return get_args_parser().parse_args(program_flags(command_of(recipe, *arguments, **environment)))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_bash_can_read_every_script(script):
+    assert subprocess.run(["bash", "-n", str(script)], capture_output=True).returncode == 0
+
+
+def test_there_is_a_recipe_for_every_published_experiment():
+    names = {f"{path.parent.name}/{path.stem.removeprefix('pretrain_')}" for path in RECIPES}
+    assert names == {
+        *("ssv2/adamae_base_800e", "kinetics/adamae_base_800e", "ucf101/videomae_base_3200e"),
+        *("ssv2/videomae_small_2400e", "ssv2/videomae_base_800e", "ssv2/videomae_base_2400e"),
+        *("kinetics/videomae_small_1600e", "kinetics/videomae_base_800e", "kinetics/videomae_base_1600e"),
+        *("kinetics/videomae_large_1600e", "kinetics/videomae_huge_1600e"),
+    }
+
+
+@of_every_recipe
+def test_recipe_has_only_flags_of_the_program(recipe):
+    flags = [word for word in program_flags(command_of(recipe)) if word.startswith("--")]
+    declared = {option for action in get_args_parser()._actions for option in action.option_strings}
+    assert set(flags) <= declared
+    assert len(flags) == len(set(flags))
+    assert parsed(recipe).model in PRETRAIN_MODELS
+
+
+@of_every_recipe
+def test_recipe_does_what_its_name_and_head_say(recipe):
+    args, text = parsed(recipe), recipe.read_text()
+    _, method, size, epochs = recipe.stem.split("_")
+    assert f"{args.epochs}e" == epochs
+    assert args.model == f"pretrain_videomae_{size}_patch16_224"
+    assert args.mask_type == {"adamae": "adaptive", "videomae": "tube"}[method]
+    assert args.sampling_rate == (2 if recipe.parent.name == "ssv2" else 4)
+    assert args.opt_betas == [0.9, 0.95]
+    assert f"{args.mask_type} masking at {args.mask_ratio}, {args.epochs} epochs" in text
+
+
+@of_every_recipe
+def test_batch_arithmetic_of_a_recipe_is_true(recipe):
+    gpus, batch, total = map(int, BATCH_COMMENT.search(recipe.read_text()).groups())
+    assert gpus * batch == total
+    cluster = {"NNODES": gpus // 8, "NODE_RANK": 0, "MASTER_ADDR": "first", "NPROC_PER_NODE": 8}
+    published = parsed(recipe, **cluster)
+    assert (published.batch_size, published.update_freq) == (batch, 1)
+    for few in (1, 2, 8):
+        args = parsed(recipe, NPROC_PER_NODE=few)
+        assert few * args.batch_size * args.update_freq == total
+
+
+@of_every_recipe
+def test_document_lists_recipe_with_its_numbers(recipe):
+    gpus, batch, total = BATCH_COMMENT.search(recipe.read_text()).groups()
+    rows = [line for line in (ROOT / "PRETRAIN.md").read_text().splitlines() if f"{recipe.name}" in line]
+    rows = [row for row in rows if f"{recipe.parent.name}/" in row and row.startswith("|")]
+    assert len(rows) == 1
+    assert f"| {gpus} x {batch} = {total} |" in rows[0]
+    number = re.search(r"^# To reproduce: ([\d./ ]+) top-1", recipe.read_text(), re.MULTILINE)[1]
+    assert f"| {number} " in rows[0]
+
+
+def test_documents_name_only_flags_of_the_program():
+    declared = {option for action in get_args_parser()._actions for option in action.option_strings}
+    for name in ("PRETRAIN.md", "DATASET.md"):
+        named = set(re.findall(r"--[a-z][a-z_]*", (ROOT / name).read_text()))
+        assert named - {"--help"} <= declared
+
+
+def test_arguments_and_environment_override_the_recipe(tmp_path):
+    out = tmp_path / "a folder"
+    args = parsed(
+        ADAMAE, "--epochs", "3", "--decoder", "decord", BATCH_SIZE=16, DATA_PATH="a list.csv", OUTPUT_DIR=out
+    )
+    assert (args.epochs, args.decoder, args.batch_size, args.update_freq) == (3, "decord", 16, 128)
+    assert (args.data_path, args.output_dir, args.log_dir) == ("a list.csv", str(out), str(out))
+
+
+def test_torchrun_on_several_machines():
+    where = {"NNODES": 4, "NODE_RANK": 2, "MASTER_ADDR": "first", "MASTER_PORT": 1234, "NPROC_PER_NODE": 4}
+    command = command_of(ADAMAE, **where)
+    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    for flag in ("--nnodes=4", "--node_rank=2", "--master_addr=first", "--master_port=1234"):
+        assert flag in command
+    assert parsed(ADAMAE, **where).update_freq == 2048 // (16 * 32)
+
+
+def test_slurm_job_starts_one_task_per_gpu():
+    job = {"SLURM_JOB_ID": 7, "SLURM_NTASKS": 16, "SLURM_CPUS_PER_TASK": 12}
+    command = command_of(ADAMAE, **job)
+    assert command[0] == "srun"
+    assert {"--ntasks=16", "--cpus-per-task=12"} <= set(command)
+    assert "torch.distributed.run" not in command
+    assert parsed(ADAMAE, **job).update_freq == 2048 // (16 * 32)
+    assert command_of(ADAMAE, SLURM_STEP_ID=0, **job)[0] == sys.executable
+    assert command_of(ADAMAE, LAUNCHER="torchrun", **job)[0] == sys.executable
+
+
+def test_slurm_wrapper_runs_the_recipe():
+    job = {"SLURM_JOB_ID": 7, "SLURM_NNODES": 8, "SLURM_NTASKS_PER_NODE": 8}
+    wrapper = ROOT / "scripts/slurm_pretrain.sh"
+    done = run(wrapper, str(ADAMAE), "--epochs", "3", DRY_RUN=1, DATA_PATH="train.csv", **job)
+    assert shlex.split(done.stdout) == command_of(ADAMAE, "--epochs", "3", **job)
+    assert "name the recipe" in run(wrapper).stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"DATA_PATH": ""}, "DATA_PATH is not set"),
+        ({"NPROC_PER_NODE": 6}, "6 GPUs cannot share a total batch of 2048"),
+        ({"BATCH_SIZE": 48}, "set BATCH_SIZE to a divisor of 2048"),
+        ({"NPROC_PER_NODE": 8, "BATCH_SIZE": 512}, "set BATCH_SIZE to a divisor of 256"),
+        ({"NNODES": 2}, "set MASTER_ADDR"),
+        ({"NNODES": 2, "MASTER_ADDR": "first"}, "set NODE_RANK to this machine's number, 0 to 1"),
+        ({"SLURM_JOB_ID": 7}, "--ntasks-per-node"),
+        ({"LAUNCHER": "mpirun"}, "it is torchrun or srun"),
+    ],
+)
+def test_wrong_setting_is_one_line_that_says_what_to_change(environment, message):
+    done = run(ADAMAE, **({"DRY_RUN": 1, "DATA_PATH": "train.csv", "NPROC_PER_NODE": 1} | environment))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_launch_starts_the_processes(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys, pathlib\n"
+        "rank, size = os.environ['RANK'], os.environ['WORLD_SIZE']\n"
+        "pathlib.Path(__file__).with_name(f'{rank} of {size}').write_text(' '.join(sys.argv[1:]))\n"
+    )
+    recipe = tmp_path / "recipe.sh"
+    launch, program = ROOT / "scripts/launch.sh", os.path.relpath(program, ROOT)
+    recipe.write_text(
+        f'source {shlex.quote(str(launch))}\nTOTAL_BATCH=8 BATCH_SIZE=2\nlaunch {shlex.quote(program)} "$@"\n'
+    )
+    done = run(recipe, "--more", DATA_PATH="train.csv", OUTPUT_DIR="out", NPROC_PER_NODE=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = "--data_path train.csv --output_dir out --log_dir out --batch_size 2 --update_freq 2 --more"
+    assert {path.name: path.read_text() for path in tmp_path.glob("* of *")} == {
+        "0 of 2": expected,
+        "1 of 2": expected,
+    }
+
+
+# --- environment and requirements ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A copy of what env.sh works on, so that nothing of it can touch the environment these tests run in."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts/env.sh", tmp_path / "scripts")
+    for name in ("requirements.txt", "requirements-test.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def fake_python(path: Path, body: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("argument", "body", "message"),
+    [
+        ("", "exit 1", "no Python 3.10, 3.11 or 3.12 found"),
+        ("", '[[ "$2" != venv ]]', "python3-venv"),
+        ("everything", "exit 0", "unknown argument 'everything'"),
+    ],
+    ids=["wrong version", "no ensurepip", "unknown argument"],
+)
+def test_env_says_what_is_missing(checkout, argument, body, message):
+    python = fake_python(checkout / "fake python", body)
+    done = run(checkout / "scripts/env.sh", *argument.split(), cwd=checkout.parent, PYTHON=python)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_env_installs_only_after_a_change_and_starts_anew_after_an_interruption(checkout):
+    log = checkout / "log"
+    fake_python(checkout / "bin/uv", f'echo "uv $*" >>{shlex.quote(str(log))}; exit "${{UV_FAILS:-0}}"')
+    made = "mkdir -p .venv/bin && cp fake .venv/bin/python && echo venv >>log"
+    python = fake_python(checkout / "fake", f'if [[ "$2" == venv ]]; then {made}; fi')
+
+    def env(*arguments: str, **environment) -> tuple[int, list[str]]:
+        log.write_text("")
+        path = f"{checkout / 'bin'}:{os.environ['PATH']}"
+        done = run(checkout / "scripts/env.sh", *arguments, PYTHON=python, PATH=path, **environment)
+        return done.returncode, log.read_text().splitlines()
+
+    install = "uv pip install --python .venv/bin/python --requirement=requirements.txt"
+    install_all = f"{install} --requirement=requirements-test.txt"
+    assert env("runtime") == (0, ["venv", install])
+    assert env("runtime") == (0, [])
+    assert env() == (0, [install_all])
+    assert env() == env("runtime") == (0, [])
+    with open(checkout / "requirements-test.txt", "a") as file:
+        file.write("# changed\n")
+    assert env(UV_FAILS=2) == (1, [install_all])
+    assert env() == (0, ["venv", install_all])
+    assert env() == (0, [])
+
+
+def requirement_names(*files: str) -> set[str]:
+    lines = [line.split(";")[0].strip() for f in files for line in (ROOT / f).read_text().splitlines()]
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins), pins
+    return {pin.split("==")[0].lower() for pin in pins}
+
+
+def imported_packages(*patterns: str) -> set[str]:
+    """Distributions that the files import from: neither the standard library nor the project's own."""
+    files = [file for pattern in patterns for file in ROOT.glob(pattern)]
+    own = {path.stem for path in files} | {path.stem for path in ROOT.glob("*.py")}
+    modules = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules.add(node.module.split(".")[0])
+    owners = importlib.metadata.packages_distributions()
+    third_party = modules - own - set(sys.stdlib_module_names) - {"tools", "benchmarks"}
+    return {owners.get(module, [module])[0].lower() for module in third_party}
+
+
+def test_every_direct_dependency_is_pinned():
+    assert imported_packages("*.py", "tools/*.py") <= requirement_names("requirements.txt")
+    everything = requirement_names("requirements.txt", "requirements-test.txt")
+    assert imported_packages("*.py", "tools/*.py", "tests/*.py", "benchmarks/*.py") <= everything
