@@ -1,0 +1,246 @@
+"""Clip transforms on uint8 frames (T,C,H,W), and the few pixel operations that run on the device.
+
+A random transform has two halves: `draw` chooses its parameters from a numpy generator, the rest carries
+them out. One draw serves all frames of a clip. What is called as transform(clip, rng) is a `ClipTransform`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# Mean and standard deviation of the channels of pixels in [0,1].
+COLOUR_STATISTICS = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+MULTI_SCALES = (1.0, 0.875, 0.75, 0.66)
+MULTI_SCALE_SNAP = 2  # a crop within so many pixels of the output size is cut at that size: no resampling
+# The 13 places of a crop, in quarters of the free room (x, y).
+MULTI_SCALE_PLACES = (
+    *((0, 0), (4, 0), (0, 4), (4, 4), (2, 2)),  # corners, centre
+    *((0, 2), (4, 2), (2, 4), (2, 0)),  # middles of the sides
+    *((1, 1), (3, 1), (1, 3), (3, 3)),  # centres of the quarters
+)
+
+ClipTransform = Callable[[Tensor, np.random.Generator], Tensor]  # uint8 (T,C,H,W) -> uint8 (T,C,S,S)
+
+
+class View(NamedTuple):
+    """A rectangle of the frame in pixels, and whether it is mirrored left to right."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    flip: bool = False
+
+
+def apply_view(
+    clip: Tensor, view: View, size: int, *, interpolation: str = "bilinear", antialias: bool = True
+) -> Tensor:
+    """Cut one view out of every frame and resize it to `size` pixels square.
+
+    clip: uint8 (T,C,H,W). interpolation: "bilinear" or "bicubic". Returns uint8 (T,C,size,size). With
+    `antialias`, bilinear is what PIL makes of the cropped frame, to within one grey level.
+    """
+    clip = F.resized_crop(
+        clip,
+        top=view.top,
+        left=view.left,
+        height=view.height,
+        width=view.width,
+        size=[size, size],
+        interpolation=InterpolationMode(interpolation),
+        antialias=antialias,
+    )  # T C S S
+    return F.horizontal_flip(clip) if view.flip else clip
+
+
+class RandomView:
+    """A random crop of a clip, resized to `size` pixels square: `draw` is what the subclasses differ in.
+
+    flip: probability of mirroring; 0 where left and right mean something, as in Something-Something.
+    """
+
+    def __init__(self, *, size: int, flip: float, interpolation: str = "bilinear"):
+        self.size = size
+        self.flip = flip
+        self.interpolation = interpolation
+
+    def draw(self, width: int, height: int, rng: np.random.Generator) -> View:
+        """The view for one clip of `width` x `height` pixels."""
+        raise NotImplementedError
+
+    def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
+        """uint8 (T,C,H,W) -> uint8 (T,C,size,size); the same view of every frame."""
+        height, width = clip.shape[-2:]
+        view = self.draw(width, height, rng)
+        return apply_view(clip, view, self.size, interpolation=self.interpolation)
+
+
+class MultiScaleCrop(RandomView):
+    """Multi-scale crop of the published AdaMAE and VideoMAE pre-training (from Temporal Segment Networks).
+
+    One of ten nearly square sizes at one of thirteen places, all equally likely. The published code never
+    mirrors, hence flip 0.
+    """
+
+    def __init__(self, *, size: int, flip: float = 0.0, interpolation: str = "bilinear"):
+        super().__init__(size=size, flip=flip, interpolation=interpolation)
+
+    def draw(self, width: int, height: int, rng: np.random.Generator) -> View:
+        sizes = multi_scale_sizes(width, height, self.size)
+        w, h = sizes[rng.integers(len(sizes))]
+        places = multi_scale_offsets(width, height, w, h)
+        x, y = places[rng.integers(len(places))]
+        return View(x, y, w, h, flip=bool(rng.random() < self.flip))
+
+
+def multi_scale_sizes(width: int, height: int, size: int) -> list[tuple[int, int]]:
+    """The ten candidate crops (w,h) of a frame: its short side times two neighbouring scales.
+
+    A crop never exceeds the frame (the published code would snap 223 pixels to 224 and pad with black).
+    """
+    short = min(width, height)
+    edges = [max(1, int(short * scale)) for scale in MULTI_SCALES]
+    edges = [size if abs(edge - size) <= MULTI_SCALE_SNAP else edge for edge in edges]
+    return [
+        (min(w, width), min(h, height))
+        for i, h in enumerate(edges)
+        for j, w in enumerate(edges)
+        if abs(i - j) <= 1
+    ]
+
+
+def multi_scale_offsets(width: int, height: int, w: int, h: int) -> list[tuple[int, int]]:
+    """The thirteen places (x,y) of a crop of w x h pixels in a frame of width x height."""
+    step_x, step_y = (width - w) // 4, (height - h) // 4
+    return [(x * step_x, y * step_y) for x, y in MULTI_SCALE_PLACES]
+
+
+class RandomResizedCrop(RandomView):
+    """Random area, aspect and place, and a mirror image half the time, as MAE-ST pre-trains.
+
+    scale: range of the area as a fraction of the frame, uniform. ratio: range of width/height, log-uniform.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        scale: tuple[float, float] = (0.5, 1.0),
+        ratio: tuple[float, float] = (0.75, 1.3333),
+        flip: float = 0.5,
+        interpolation: str = "bilinear",
+    ):
+        super().__init__(size=size, flip=flip, interpolation=interpolation)
+        self.scale = scale
+        self.ratio = ratio
+
+    def draw(self, width: int, height: int, rng: np.random.Generator) -> View:
+        box = self._draw_box(width, height, rng)
+        return View(*box, flip=bool(rng.random() < self.flip))
+
+    def _draw_box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        for _ in range(10):
+            area = width * height * rng.uniform(*self.scale)
+            aspect = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+        return self._central_box(width, height)
+
+    def _central_box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """The largest central box whose aspect is allowed: for frames so long that ten draws all failed."""
+        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
+        w = max(1, min(width, round(height * aspect)))
+        h = max(1, min(height, round(width / aspect)))
+        return (width - w) // 2, (height - h) // 2, w, h
+
+
+class ColorJitter:
+    """Brightness, contrast and saturation times a factor each, uniform in 1 - strength ... 1 + strength."""
+
+    def __init__(self, *, strength: float):
+        self.strength = strength
+
+    def draw(self, rng: np.random.Generator) -> tuple[float, float, float]:
+        """The factors of brightness, contrast and saturation for one clip."""
+        return tuple(rng.uniform(max(0.0, 1 - self.strength), 1 + self.strength, size=3).tolist())
+
+    def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
+        """uint8 (T,C,H,W) -> the same shape; the same factors for every frame."""
+        brightness, contrast, saturation = self.draw(rng)
+        clip = F.adjust_brightness(clip, brightness)
+        clip = F.adjust_contrast(clip, contrast)
+        return F.adjust_saturation(clip, saturation)
+
+
+class Chain:
+    """Transforms one after the other, all drawing from the same generator."""
+
+    def __init__(self, *, transforms: Sequence[ClipTransform]):
+        self.transforms = transforms
+
+    def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
+        for transform in self.transforms:
+            clip = transform(clip, rng)
+        return clip
+
+
+def build_pretrain_transform(
+    crop: str,
+    *,
+    size: int,
+    scale: tuple[float, float] = (0.5, 1.0),
+    ratio: tuple[float, float] = (0.75, 1.3333),
+    flip: float | None = None,
+    interpolation: str = "bilinear",
+    color_jitter: float = 0.0,
+) -> ClipTransform:
+    """The pre-training transform of a name: "multi_scale" or "random_resized".
+
+    scale and ratio are those of `RandomResizedCrop` and say nothing to "multi_scale". flip None means what
+    the published code of each does: never for "multi_scale", half the time for "random_resized".
+    Raises ValueError for another name.
+    """
+    settings = {"size": size, "interpolation": interpolation}
+    if flip is not None:
+        settings["flip"] = flip
+    if crop == "multi_scale":
+        view = MultiScaleCrop(**settings)
+    elif crop == "random_resized":
+        view = RandomResizedCrop(scale=scale, ratio=ratio, **settings)
+    else:
+        raise ValueError(f'unknown crop "{crop}": choose "multi_scale" or "random_resized"')
+    if color_jitter == 0:
+        return view
+    return Chain(transforms=(view, ColorJitter(strength=color_jitter)))
+
+
+def to_pixels(clips: Tensor) -> Tensor:
+    """uint8 of any shape -> float32 pixels in [0,1] on the same device."""
+    return clips.to(torch.float32) / 255
+
+
+def normalize(
+    pixels: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Tensor:
+    """(pixels - mean) / std per channel: float (B,C,T,H,W) -> the same shape, dtype and device.
+
+    mean and std stay Python numbers, one per channel: a tensor of them made here would be a copy to the
+    device, and a wait for it, in every step. Raises ValueError when their number is not C.
+    """
+    channels = pixels.shape[1]
+    if not len(mean) == len(std) == channels:
+        raise ValueError(f"clips of {channels} channels, but {len(mean)} means and {len(std)} deviations")
+    return torch.stack([(x - m) / s for x, m, s in zip(pixels.unbind(1), mean, std)], dim=1)

@@ -1,0 +1,214 @@
+import json
+from collections import Counter
+
+import golden
+import numpy as np
+import pytest
+import torch
+from golden import needs_golden
+from PIL import Image
+
+import augment
+from augment import View
+
+MULTI_SCALE = golden.table("spatial_view_tables").get("multi_scale_crop", [])
+
+
+def random_clip(frames=4, height=36, width=48, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8, generator=g)
+
+
+def inside(view, width, height):
+    return 0 <= view.left <= width - view.width and 0 <= view.top <= height - view.height
+
+
+# --- multi-scale crop ---------------------------------------------------------------------------------------
+
+
+def row_name(row):
+    return "{}x{}-to-{}".format(*row["image_wh"], row["out"])
+
+
+@needs_golden
+@pytest.mark.parametrize("row", MULTI_SCALE, ids=row_name)
+def test_multi_scale_sizes_and_offsets_are_the_published_ones(row):
+    width, height = row["image_wh"]
+    sizes = augment.multi_scale_sizes(width, height, row["out"])
+    assert [list(s) for s in sizes] == row["candidate_crops_wh"]
+    for w, h in sizes:
+        offsets = augment.multi_scale_offsets(width, height, w, h)
+        assert json.loads(json.dumps(offsets)) == row["offsets_xy"][f"{w}x{h}"]
+
+
+def test_multi_scale_draws_every_size_and_place_equally_often_and_never_flips():
+    sizes = augment.multi_scale_sizes(400, 300, 112)
+    places = [(x, y, w, h) for w, h in sizes for x, y in augment.multi_scale_offsets(400, 300, w, h)]
+    assert len(places) == 10 * 13
+    expected = Counter(places)  # a crop as high as the frame has several places in common
+    transform = augment.MultiScaleCrop(size=112)
+    rng = np.random.default_rng(0)
+    views = [transform.draw(400, 300, rng) for _ in range(26_000)]
+    drawn = Counter(v[:4] for v in views)
+    assert drawn.keys() == expected.keys()
+    assert all(abs(drawn[p] - 200 * n) < 5 * (200 * n) ** 0.5 for p, n in expected.items())
+    assert not any(v.flip for v in views)
+
+
+@pytest.mark.parametrize("width, height, size", [(300, 223, 224), (222, 222, 224), (1, 1, 224), (5, 3, 64)])
+def test_multi_scale_crop_never_leaves_the_frame(width, height, size):
+    transform = augment.MultiScaleCrop(size=size)
+    rng = np.random.default_rng(1)
+    assert all(inside(transform.draw(width, height, rng), width, height) for _ in range(200))
+    assert transform(random_clip(2, height, width), rng).shape == (2, 3, size, size)
+
+
+def test_a_size_near_the_output_is_cut_at_the_output_size():
+    assert {s for s in augment.multi_scale_sizes(226, 226, 224) if max(s) > 200} >= {(224, 224)}
+    assert augment.multi_scale_sizes(227, 227, 224)[0] == (227, 227)
+
+
+# --- crop, resize, flip -------------------------------------------------------------------------------------
+
+
+@needs_golden
+def test_crop_and_resize_give_the_published_pixels():
+    data = golden.tensors("transforms")
+    clip = data["in.frames_uint8_THWC"].permute(0, 3, 1, 2)
+    view = View(left=5, top=4, width=27, height=31)
+    clip = augment.apply_view(clip, view, 24).transpose(0, 1)  # C T H W
+    got = augment.normalize(augment.to_pixels(clip[None]))[0]
+    expected = data["out.pretrain_crop_w27_h31_x5_y4_to_24_CTHW"]
+    level = 1 / 255 / torch.tensor(augment.IMAGENET_STD).view(3, 1, 1, 1)
+    assert ((got - expected).abs() / level).max() < 1.001
+
+
+@pytest.mark.parametrize("view", [View(0, 0, 48, 36), View(3, 2, 40, 30, flip=True), View(9, 9, 12, 10)])
+def test_apply_view_is_pil_crop_resize_and_mirror(view):
+    clip = random_clip()
+    got = augment.apply_view(clip, view, 20)
+    assert got.dtype == torch.uint8 and got.shape == (4, 3, 20, 20)
+    box = (view.left, view.top, view.left + view.width, view.top + view.height)
+    for frame, ours in zip(clip, got):
+        image = Image.fromarray(frame.permute(1, 2, 0).numpy()).crop(box)
+        image = image.resize((20, 20), Image.Resampling.BILINEAR)
+        if view.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        expected = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        assert (ours.int() - expected.int()).abs().max() <= 1
+
+
+def test_a_crop_of_the_output_size_is_not_resampled():
+    clip = random_clip()
+    assert torch.equal(augment.apply_view(clip, View(7, 5, 24, 24), 24), clip[:, :, 5:29, 7:31])
+
+
+@pytest.mark.parametrize("crop", ["multi_scale", "random_resized"])
+def test_one_view_for_all_frames_of_a_clip(crop):
+    transform = augment.build_pretrain_transform(crop, size=16, flip=0.5)
+    rng = np.random.default_rng(2)
+    still = random_clip(1).expand(5, -1, -1, -1)
+    moved = []
+    for _ in range(8):
+        out = transform(still, rng)
+        assert out.dtype == torch.uint8
+        assert torch.equal(out, out[:1].expand_as(out))
+        moved.append(out[0])
+    assert len({m.numpy().tobytes() for m in moved}) > 4  # but another one for the next clip
+
+
+# --- random resized crop ------------------------------------------------------------------------------------
+
+
+def test_random_resized_views_keep_their_ranges():
+    transform = augment.RandomResizedCrop(size=32, scale=(0.3, 0.6), ratio=(0.8, 1.25), flip=0.5)
+    rng = np.random.default_rng(3)
+    views = [transform.draw(320, 240, rng) for _ in range(2000)]
+    assert all(inside(v, 320, 240) for v in views)
+    area = np.array([v.width * v.height / (320 * 240) for v in views])
+    aspect = np.array([v.width / v.height for v in views])
+    # rounding the sides moves area and aspect by about a percent
+    assert 0.297 < area.min() < 0.31 and 0.59 < area.max() < 0.606
+    assert 0.79 < aspect.min() < 0.81 and 1.23 < aspect.max() < 1.27
+    assert abs(area.mean() - 0.45) < 0.01
+    assert abs(np.log(aspect).mean()) < 0.01
+    assert abs(np.mean([v.flip for v in views]) - 0.5) < 0.05
+
+
+@pytest.mark.parametrize(
+    "width, height, box",
+    [(1000, 10, (493, 0, 13, 10)), (10, 1000, (0, 493, 10, 13)), (1, 1, (0, 0, 1, 1))],
+)
+def test_random_resized_falls_back_to_the_centre_of_a_very_long_frame(width, height, box):
+    transform = augment.RandomResizedCrop(size=32)
+    assert transform.draw(width, height, np.random.default_rng(4))[:4] == box
+
+
+def test_the_generator_alone_decides():
+    for crop in ("multi_scale", "random_resized"):
+        transform = augment.build_pretrain_transform(crop, size=16)
+        first, second = (transform.draw(320, 240, np.random.default_rng(5)) for _ in range(2))
+        assert first == second
+
+
+# --- building by name ---------------------------------------------------------------------------------------
+
+
+def test_builder_knows_each_crop_and_its_published_flip():
+    assert augment.build_pretrain_transform("multi_scale", size=8).flip == 0
+    assert augment.build_pretrain_transform("random_resized", size=8).flip == 0.5
+    assert augment.build_pretrain_transform("multi_scale", size=8, flip=0.25).flip == 0.25
+    transform = augment.build_pretrain_transform("random_resized", size=8, scale=(0.1, 0.2), ratio=(1, 1))
+    assert (transform.scale, transform.ratio) == ((0.1, 0.2), (1, 1))
+
+
+def test_interpolation_changes_the_pixels_of_a_resize():
+    pixels = []
+    for interpolation in ("bilinear", "bicubic"):
+        transform = augment.build_pretrain_transform("multi_scale", size=20, interpolation=interpolation)
+        pixels.append(transform(random_clip(), np.random.default_rng(6)))
+    assert pixels[0].shape == pixels[1].shape and not torch.equal(*pixels)
+
+
+def test_colour_jitter_is_drawn_once_per_clip_after_the_same_view():
+    plain = augment.build_pretrain_transform("multi_scale", size=20)
+    jittered = augment.build_pretrain_transform("multi_scale", size=20, color_jitter=0.4)
+    still = random_clip(1).expand(3, -1, -1, -1)
+    before, after = (t(still, np.random.default_rng(7)) for t in (plain, jittered))
+    assert after.dtype == torch.uint8 and after.shape == before.shape
+    assert not torch.equal(after, before)
+    assert torch.equal(after, after[:1].expand_as(after))
+    # the same picture in other colours
+    light = [x.float().mean(1).flatten() for x in (before, after)]
+    assert torch.corrcoef(torch.stack(light))[0, 1] > 0.95
+
+
+def test_colour_jitter_factors_keep_their_range():
+    rng = np.random.default_rng(8)
+    factors = np.array([augment.ColorJitter(strength=0.4).draw(rng) for _ in range(2000)])
+    assert factors.shape == (2000, 3)
+    assert 0.6 <= factors.min() < 0.602 and 1.398 < factors.max() <= 1.4
+    assert np.array([augment.ColorJitter(strength=3.0).draw(rng) for _ in range(50)]).min() >= 0
+
+
+def test_an_unknown_crop_is_named_with_the_choices():
+    with pytest.raises(ValueError, match=r'"center".*multi_scale.*random_resized'):
+        augment.build_pretrain_transform("center", size=8)
+
+
+# --- on the device ------------------------------------------------------------------------------------------
+
+
+def test_to_pixels_and_normalize():
+    clips = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1, 1).expand(2, 3, 4, 5, 6)
+    pixels = augment.to_pixels(clips)
+    assert pixels.dtype == torch.float32 and pixels.shape == (2, 3, 4, 5, 6)
+    assert torch.equal(pixels[0, :, 0, 0, 0], torch.tensor([0.0, 0.2, 1.0]))
+    got = augment.normalize(pixels, mean=(0.5, 0.2, 0.0), std=(0.5, 1.0, 2.0))
+    assert got.shape == pixels.shape
+    torch.testing.assert_close(got[1, :, 3, 4, 5], torch.tensor([-1.0, 0.0, 0.5]))
+
+
+def test_normalize_refuses_another_number_of_channels():
+    with pytest.raises(ValueError, match=r"1 channels.*3 means"):
+        augment.normalize(torch.zeros(2, 1, 4, 5, 6))
