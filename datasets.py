@@ -217,7 +217,8 @@ class PretrainDataset(Dataset):
                 return {"clips": clips, "index": index, "bad": bad}
             except VideoError as error:
                 bad.append((str(error.path), str(error.reason)))
-                index = int(rng.integers(len(self)))
+                others = max(1, len(self) - 1)
+                index = (index + 1 + int(rng.integers(others))) % len(self)
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in bad)
         raise NoReadableVideoError(
             f"{len(bad)} videos of {self.videos.list_path}, drawn in a row, cannot be read:{reasons}"

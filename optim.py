@@ -7,7 +7,7 @@ three verbs: `engine(x)`, `engine.backward(loss)`, `engine.step()`.
 import math
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -27,7 +27,12 @@ def create_optimizer(
 
     Not decayed are one-dimensional parameters, biases, and the names in the model's `no_weight_decay()`.
     AdamW runs fused: one kernel for all parameters, and no host synchronisation in mixed precision.
+
+    Raises:
+        ValueError: timm knows no optimiser of that name.
     """
+    if opt.lower() not in list_optimizers():
+        raise ValueError(f"--opt {opt}: timm has no such optimiser; try adamw, sgd, lamb, lars or lion")
     settings: dict = {"eps": eps} if eps is not None else {}
     if betas is not None:
         settings["betas"] = tuple(betas)

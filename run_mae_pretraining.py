@@ -1,0 +1,402 @@
+"""Pre-trains AdaMAE or VideoMAE on a list of videos. Flags and assembly only; PRETRAIN.md has the recipes."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import panels
+from augment import COLOUR_STATISTICS, build_pretrain_transform, to_pixels
+from checkpoint import (
+    CheckpointError,
+    check_resumable,
+    newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from datasets import VideoList, build_pretraining_loader, check_readable, read_list
+from engine_for_pretraining import Losses, pretrain_one_epoch
+from masking_generator import ALIASES, RULES, visible_count
+from modeling_finetune import POSITIONS, parse_model_name, token_grid
+from modeling_pretrain import PRETRAIN_MODELS, create_pretrain_model
+from optim import Engine, cosine_schedule, create_optimizer, resolve_amp
+from targets import ERRORS
+from utils import Console, RunLog, World, seed_all, start_world, stop_world
+from video import resolve_decoder
+
+
+def boolean(text: str) -> bool:
+    """A flag's true or false, as people write it."""
+    if text.lower() in ("true", "yes", "on", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+# fmt: off
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("run_mae_pretraining.py", description=__doc__,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    on_off = {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+
+    add = parser.add_argument_group("run").add_argument
+    add("--batch_size", default=64, type=int, help="videos per process and forward pass")
+    add("--epochs", default=800, type=int, help="the true number of epochs (the published scripts add one)")
+    add("--update_freq", default=1, type=int, help="batches accumulated into one optimiser step")
+    add("--save_ckpt_freq", default=50, type=int, help="epochs between checkpoints; the last is always saved")
+    add("--seed", default=0, type=int, help="with the step and the rank it decides masks and dropout")
+    add("--start_epoch", default=0, type=int, help="first epoch of a run that resumes nothing")
+    add("--resume", default="", help="checkpoint to go on from")
+    add("--auto_resume", default=True, action="store_true", help="go on from the newest one in --output_dir")
+    add("--no_auto_resume", dest="auto_resume", action="store_false", help="start afresh")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="pretrain_videomae_base_patch16_224", help=", ".join(sorted(PRETRAIN_MODELS)))
+    add("--decoder_depth", default=4, type=int, help="transformer blocks of the decoder")
+    add("--input_size", default=None, type=int, help="side of the clip in pixels (default: the model's)")
+    add("--drop_path", default=0.0, type=float, help="stochastic depth of encoder and decoder")
+    add("--use_checkpoint", action="store_true", help="recompute activations: less memory, more time")
+    add("--pos_embed", default="sinusoid_1d", choices=list(POSITIONS), help="published code: 1d, paper: 3d")
+    add("--attn_init", default="xavier", choices=["xavier", "identity"], help="start of attention")
+
+    add = parser.add_argument_group("masking").add_argument
+    add("--mask_type", default="adaptive", choices=[*RULES, *ALIASES], help="who chooses the visible tokens")
+    add("--mask_ratio", default=0.95, type=float, help="share of tokens hidden from the encoder")
+    add("--sampler", default="mha", choices=["mha", "mlp"], help="network of the adaptive sampler")
+    add("--sampler_depth", default=1, type=int, help="its transformer blocks (mha)")
+    add("--sampler_dim", default=None, type=int, help="its width (default: the encoder's; mlp: 4 x)")
+    add("--sampler_amp", action="store_true", help="run it in mixed precision; by default in float32")
+    add("--sampler_positions", action="store_true", help="give it position-encoded tokens (paper)")
+    add("--sampler_detach", action="store_true", help="keep its loss from the tubelet embedding (paper)")
+    add("--softmax_temp", default=1.0, type=float, help="divides its logits (published: flag without effect)")
+
+    add = parser.add_argument_group("losses").add_argument
+    add("--normlize_target", "--normalize_target", dest="normalize_target", default=True, **on_off,
+        help="standardise each token's target by its own pixels")
+    add("--loss", default="mse", choices=list(ERRORS), help="reconstruction error of a token")
+    add("--sampling_loss", default="log", choices=["log", "linear"],
+        help="log: -mean(log p * error), published code; linear: -sum(p * error), paper")
+    add("--sampling_loss_weight", default=1e-4, type=float, help="its weight in the total loss")
+
+    add = parser.add_argument_group("optimiser").add_argument
+    add("--opt", default="adamw", help="any name timm knows")
+    add("--opt_eps", default=1e-8, type=float, help="epsilon")
+    add("--opt_betas", default=None, type=float, nargs="+", help="betas (default: the optimiser's)")
+    add("--clip_grad", default=None, type=float, help="largest norm of the gradient (default: no limit)")
+    add("--momentum", default=0.9, type=float, help="of SGD")
+    add("--weight_decay", default=0.05, type=float, help="weight decay")
+    add("--weight_decay_end", default=None, type=float, help="at the end of a cosine (default: the same)")
+    add("--lr", default=1.5e-4, type=float, help="peak learning rate; times total batch / 256")
+    add("--warmup_lr", default=0.0, type=float, help="where the warm-up starts, scaled likewise")
+    add("--min_lr", default=1e-5, type=float, help="where the cosine ends, scaled likewise")
+    add("--warmup_epochs", default=40, type=int, help="epochs of linear warm-up")
+    add("--warmup_steps", default=-1, type=int, help="optimiser steps of warm-up, instead of epochs")
+    add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="mixed precision")
+    add("--compile", action="store_true", help="torch.compile the model")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default="", help="list of videos, `path [label]` a line (DATASET.md)")
+    add("--data_root", default=None, help="folder that relative paths start from (default: the list's)")
+    add("--decoder", default="auto", choices=["auto", "torchcodec", "decord", "pyav"], help="video decoder")
+    add("--num_frames", default=16, type=int, help="frames of a clip")
+    add("--sampling_rate", default=4, type=int, help="frames of the video from one frame to the next")
+    add("--num_sample", default=1, type=int, help="clips of one video per decoding")
+    add("--crop", default="multi_scale", choices=["multi_scale", "random_resized"], help="spatial crop")
+    add("--train_interpolation", default="bilinear", choices=["bilinear", "bicubic"], help="of the crop")
+    add("--color_jitter", default=0.0, type=float, help="brightness, contrast, saturation within 1 +- this")
+    add("--imagenet_default_mean_and_std", default=True, **on_off, help="false: mean and std of 0.5")
+    add("--num_workers", default=4, type=int, help="decoding processes per training process")
+    add("--pin_mem", default=True, action="store_true", help="page-locked batches for CUDA")
+    add("--no_pin_mem", dest="pin_mem", action="store_false", help="pageable batches")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="", help="checkpoints, log.txt and pictures (default: nothing is kept)")
+    add("--log_dir", default=None, help="TensorBoard (default: --output_dir)")
+    add("--log_freq", default=20, type=int, help="optimiser steps between readings")
+    add("--vis_freq", default=20, type=int, help="epochs between pictures; 0: none")
+
+    add = parser.add_argument_group("processes").add_argument
+    add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
+    add("--dist_url", default="env://", help="where the processes meet")
+    add("--world_size", default=1, type=int, help="processes that the launcher should have started")
+    add("--local_rank", "--local-rank", default=-1, type=int, help="set by torch.distributed.launch")
+    add("--dist_on_itp", action="store_true", help="read Open MPI's environment variables")
+    return parser
+# fmt: on
+
+
+AT_LEAST_ONE = (
+    *("batch_size", "epochs", "update_freq", "save_ckpt_freq", "log_freq"),
+    *("num_frames", "sampling_rate", "num_sample", "decoder_depth", "sampler_depth"),
+)
+
+
+def check_settings(args: argparse.Namespace) -> tuple[dict, VideoList]:
+    """Everything that can be told wrong before anything is built.
+
+    Returns the settings of `create_pretrain_model` and the list of videos. Raises ValueError with a message
+    that says what to change.
+    """
+    for name in AT_LEAST_ONE:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.warmup_steps < 0 and args.warmup_epochs > args.epochs:
+        raise ValueError(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
+    if args.softmax_temp <= 0:
+        raise ValueError(f"--softmax_temp {args.softmax_temp} must be positive")
+    if not args.data_path:
+        raise ValueError("--data_path is missing: a text file with one `path [label]` a line (DATASET.md)")
+    _, patch, img = parse_model_name(args.model, PRETRAIN_MODELS)
+    window = token_grid(args.num_frames, args.input_size or img, patch)
+    visible_count(args.mask_type, args.mask_ratio, window)
+    try:
+        resolve_decoder(args.decoder)
+    except RuntimeError as error:
+        raise ValueError(f"--decoder {args.decoder}: {error}") from error
+    model_settings = {
+        "name": args.model,
+        "num_frames": args.num_frames,
+        "input_size": args.input_size or img,
+        "mask_type": ALIASES.get(args.mask_type, args.mask_type),
+        "mask_ratio": args.mask_ratio,
+        "decoder_depth": args.decoder_depth,
+        "sampler": {"kind": args.sampler, "width": args.sampler_dim, "depth": args.sampler_depth},
+        "sampler_options": {
+            "amp": args.sampler_amp,
+            "temperature": args.softmax_temp,
+            "positions": args.sampler_positions,
+            "detach": args.sampler_detach,
+        },
+        "pos_embed": args.pos_embed,
+        "attn_init": args.attn_init,
+        "drop_path": args.drop_path,
+        "checkpoint_activations": args.use_checkpoint,
+    }
+    return model_settings, read_list(args.data_path, args.data_root)
+
+
+def build_schedule(args: argparse.Namespace, total_batch: int, steps_per_epoch: int):
+    """Optimiser step -> (learning rate, weight decay); rates are the flags' times total_batch / 256."""
+    scale = total_batch / 256
+    total_steps = args.epochs * steps_per_epoch
+    warmup_steps = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
+    decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+
+    def schedule(step: int) -> tuple[float, float]:
+        lr = cosine_schedule(
+            step,
+            start=args.warmup_lr * scale,
+            peak=args.lr * scale,
+            final=args.min_lr * scale,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+        )
+        return lr, cosine_schedule(step, peak=args.weight_decay, final=decay_end, total_steps=total_steps)
+
+    return schedule
+
+
+def build_loader(args: argparse.Namespace, videos: VideoList, size: int, world: World):
+    transform = build_pretrain_transform(
+        args.crop, size=size, interpolation=args.train_interpolation, color_jitter=args.color_jitter
+    )
+    return build_pretraining_loader(
+        videos=videos,
+        transform=transform,
+        num_frames=args.num_frames,
+        sampling_rate=args.sampling_rate,
+        num_sample=args.num_sample,
+        batch_size=args.batch_size,
+        update_freq=args.update_freq,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem,
+        seed=args.seed,
+        rank=world.rank,
+        world_size=world.size,
+        decoder=args.decoder,
+    )
+
+
+def build_engine(args: argparse.Namespace, model_settings: dict, world: World) -> Engine:
+    seed_all(args.seed)
+    model = create_pretrain_model(**model_settings).to(world.device)
+    optimizer = create_optimizer(
+        model,
+        opt=args.opt,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        eps=args.opt_eps,
+        betas=args.opt_betas,
+        momentum=args.momentum,
+    )
+    return Engine(
+        model,
+        optimizer,
+        device=world.device,
+        distributed=world.size > 1,
+        amp=resolve_amp(args.amp, world.device),
+        update_freq=args.update_freq,
+        clip_grad=args.clip_grad,
+        watch={"sampler": model.sampler_parameters()},
+        compile_model=args.compile,
+    )
+
+
+def resume(args: argparse.Namespace, engine: Engine, model_settings: dict, console: Console) -> int:
+    """Loads the checkpoint to go on from, if there is one; returns the first epoch to train."""
+    found = None
+    if args.resume:
+        found = Path(args.resume), read_checkpoint(args.resume)
+    elif args.auto_resume and args.output_dir:
+        found = newest_checkpoint(args.output_dir, console.warn)
+    if found is None:
+        return args.start_epoch
+    path, state = found
+    check_resumable(path, state.get("model_settings", {}), model_settings)
+    engine.load_state_dict(state)
+    console.say(f"resumed {path}: {state['epoch'] + 1} of {args.epochs} epochs are done")
+    return state["epoch"] + 1
+
+
+class Run(NamedTuple):
+    """Everything a training run needs, assembled and checked."""
+
+    args: argparse.Namespace
+    model_settings: dict
+    world: World
+    loader: DataLoader
+    engine: Engine
+    losses: Losses
+    schedule: Callable[[int], tuple[float, float]]
+    start_epoch: int
+    console: Console
+    log: RunLog
+
+
+def assemble(args: argparse.Namespace) -> Run:
+    """Checks the settings and builds everything. Raises ValueError or CheckpointError."""
+    model_settings, videos = check_settings(args)
+    world = start_world(
+        args.device, args.dist_url, args.world_size, local_rank=args.local_rank, itp=args.dist_on_itp
+    )
+    check_readable(videos, args.decoder)
+    loader = build_loader(args, videos, model_settings["input_size"], world)
+    engine = build_engine(args, model_settings, world)
+    steps_per_epoch = loader.sampler.steps_per_epoch // args.update_freq
+    total_batch = args.batch_size * args.update_freq * world.size
+
+    is_main = world.rank == 0
+    console = Console(total_steps=args.epochs * steps_per_epoch, show=is_main)
+    console.say(describe(args, engine, len(videos), world))
+    start_epoch = resume(args, engine, model_settings, console)
+    return Run(
+        args=args,
+        model_settings=model_settings,
+        world=world,
+        loader=loader,
+        engine=engine,
+        losses=Losses(
+            patch=engine.module.patch,
+            normalize_target=args.normalize_target,
+            loss=args.loss,
+            sampling_form=args.sampling_loss,
+            sampling_weight=args.sampling_loss_weight,
+        ),
+        schedule=build_schedule(args, total_batch, steps_per_epoch),
+        start_epoch=start_epoch,
+        console=console,
+        log=RunLog(output_dir=args.output_dir, log_dir=args.log_dir or args.output_dir, show=is_main),
+    )
+
+
+def describe(args: argparse.Namespace, engine: Engine, num_videos: int, world: World) -> str:
+    """What is about to run, in three lines: model, data and batch arithmetic."""
+    model, amp = engine.module, str(engine.amp or torch.float32).removeprefix("torch.")
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    total = args.batch_size * args.update_freq * world.size
+    return (
+        f"{args.model}, {parameters:.1f} M parameters, {model.masking.mask_type} masking: "
+        f"{model.masking.num_visible} of {model.masking.num_tokens} tokens visible\n"
+        f"{num_videos} videos of {args.data_path}, decoder {resolve_decoder(args.decoder)}, on {world.device}"
+        f" in {amp}\n{world.size} processes x {args.batch_size} videos x {args.update_freq} batches a step = "
+        f"{total}, {args.num_sample} clips a video, learning rate {args.lr} x {total}/256 = "
+        f"{args.lr * total / 256:.3g}"
+    )
+
+
+def train(run: Run) -> None:
+    """The epochs of a run, with a checkpoint and a picture every few of them."""
+    args, engine, console, is_main = run.args, run.engine, run.console, run.world.rank == 0
+    normalization = COLOUR_STATISTICS["imagenet" if args.imagenet_default_mean_and_std else "half"]
+    num_batches = run.loader.sampler.steps_per_epoch
+    console.start(run.start_epoch * num_batches // args.update_freq)
+    for epoch in range(run.start_epoch, args.epochs):
+        run.loader.sampler.set_epoch(epoch)
+        means = pretrain_one_epoch(
+            engine,
+            run.loader,
+            epoch=epoch,
+            num_batches=num_batches,
+            losses=run.losses,
+            normalization=normalization,
+            schedule=run.schedule,
+            seed=args.seed,
+            world=run.world,
+            console=console,
+            log=run.log,
+            log_freq=args.log_freq,
+        )
+        run.log.epoch({"epoch": epoch, **means})
+        is_last = epoch + 1 == args.epochs
+        if is_main and args.output_dir and ((epoch + 1) % args.save_ckpt_freq == 0 or is_last):
+            save(run, epoch)
+        if is_main and args.vis_freq and ((epoch + 1) % args.vis_freq == 0 or is_last):
+            draw(run, epoch, normalization)
+    console.close()
+    run.log.close()
+
+
+def save(run: Run, epoch: int) -> None:
+    """checkpoint-<epoch>.pth: the published keys, the flags, and the settings that rebuild the model."""
+    state = {**run.engine.state_dict(), "epoch": epoch, "args": vars(run.args)}
+    save_checkpoint(
+        Path(run.args.output_dir) / f"checkpoint-{epoch}.pth", {**state, "model_settings": run.model_settings}
+    )
+
+
+def draw(run: Run, epoch: int, normalization: tuple) -> None:
+    """The five panels of the list's first clips, always the same ones, to a file and TensorBoard."""
+    dataset = run.loader.dataset
+    clips = torch.stack([dataset[0, i]["clips"][0] for i in range(min(4, len(dataset)))])  # (n,3,T,H,W)
+    picture = panels.training_picture(
+        run.engine.module,
+        to_pixels(clips.to(run.world.device)),
+        normalization=normalization,
+        normalize_target=run.args.normalize_target,
+    )
+    run.log.image("clips", epoch + 1, picture)
+    if run.args.output_dir:
+        folder = Path(run.args.output_dir) / "pictures"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(folder / f"epoch-{epoch:04d}.png")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The program: a wrong setting ends it with one line on stderr and status 1."""
+    args = get_args_parser().parse_args(argv)
+    try:
+        run = assemble(args)
+        train(run)
+    except (ValueError, CheckpointError, FloatingPointError) as error:
+        raise SystemExit(f"run_mae_pretraining.py: error: {error}") from error
+    finally:
+        stop_world()
+
+
+if __name__ == "__main__":
+    main()

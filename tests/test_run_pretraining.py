@@ -1,0 +1,274 @@
+"""The pre-training program, started as a person starts it, on real video files."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+from golden import ROOT
+from videos import write_video
+
+from run_mae_pretraining import AT_LEAST_ONE, get_args_parser, main
+
+PROGRAM = ROOT / "run_mae_pretraining.py"
+TINY = ["--model", "pretrain_videomae_tiny_patch8_64", "--input_size", "32", "--mask_ratio", "0.9"]
+SMALL_RUN = [
+    *TINY,
+    *("--batch_size", "4", "--epochs", "2", "--warmup_epochs", "0", "--lr", "0.05", "--sampling_rate", "1"),
+    *("--num_workers", "0", "--amp", "off", "--device", "cpu", "--decoder", "pyav", "--decoder_depth", "1"),
+    *("--save_ckpt_freq", "1", "--log_freq", "1", "--vis_freq", "0"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A list of eight small videos."""
+    folder = tmp_path_factory.mktemp("data")
+    for i in range(8):
+        write_video(folder / f"{i}.mp4", 20 + i, size=(40, 48))
+    (folder / "list.csv").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(8)))
+    return folder
+
+
+class Done(NamedTuple):
+    """How a run ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def start(*flags) -> Done:
+    """The program in this process, as quick as it gets; `start_process` tells that it runs by itself too."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(f) for f in flags])
+            status = 0
+        except SystemExit as stop:
+            print(stop, file=sys.stderr)
+            status = 1
+    return Done(status, out.getvalue(), err.getvalue())
+
+
+def start_process(*flags, launcher=()) -> Done:
+    done = subprocess.run(
+        [*(launcher or [sys.executable]), str(PROGRAM), *map(str, flags)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def pretrain(data, output, *flags, how=start, **settings) -> Done:
+    done = how(*SMALL_RUN, "--data_path", data / "list.csv", "--output_dir", output, *flags, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def weights(output, epoch: int) -> dict[str, torch.Tensor]:
+    return torch.load(output / f"checkpoint-{epoch}.pth", weights_only=True)["model"]
+
+
+def log(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """A run of two epochs that nothing interrupted."""
+    output = tmp_path_factory.mktemp("straight")
+    return output, pretrain(data, output, how=start_process).stdout
+
+
+def test_a_run_leaves_checkpoints_log_and_scalars(straight):
+    output, console = straight
+    assert {p.name for p in output.glob("*.pth")} == {"checkpoint-0.pth", "checkpoint-1.pth"}
+    assert [entry["epoch"] for entry in log(output)] == [0, 1]
+    expected = {
+        "loss_reconstruction",
+        "loss_sampling",
+        "probs_entropy",
+        "probs_max",
+        "data_wait",
+        "bad_videos",
+    }
+    assert expected | {"clips_per_second", "lr"} <= set(log(output)[0])
+    assert any(output.glob("events.out.tfevents.*"))
+    assert "12 of 128 tokens visible" in console
+    assert re.search(r"epoch 1  step 4/4  loss \d.*  left 0:00:00", console)
+
+
+def test_checkpoints_have_the_published_keys(straight):
+    state = torch.load(straight[0] / "checkpoint-1.pth", weights_only=True)
+    assert {"model", "optimizer", "scaler", "epoch", "args"} <= set(state)
+    assert state["epoch"] == 1 and state["args"]["mask_ratio"] == 0.9
+    assert "encoder.get_token_probs.0.attn.qkv.weight" in state["model"]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_resumed_run_equals_a_straight_one(straight, data, tmp_path, workers):
+    pretrain(data, tmp_path, "--num_workers", workers)
+    (tmp_path / "checkpoint-1.pth").unlink()
+    resumed = pretrain(data, tmp_path, "--num_workers", workers)
+    assert "checkpoint-0.pth: 1 of 2 epochs are done" in resumed.stdout
+    ours, theirs = weights(tmp_path, 1), weights(straight[0], 1)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_a_damaged_checkpoint_is_passed_over(straight, data, tmp_path):
+    pretrain(data, tmp_path)
+    newest = tmp_path / "checkpoint-1.pth"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    resumed = pretrain(data, tmp_path)
+    assert re.search(r"checkpoint-1\.pth: not a readable checkpoint .* trying an older one", resumed.stderr)
+    assert "checkpoint-0.pth: 1 of 2 epochs are done" in resumed.stdout
+    ours, theirs = weights(tmp_path, 1), weights(straight[0], 1)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_twenty_steps_lower_the_loss(data, tmp_path):
+    pretrain(data, tmp_path, "--epochs", "10", "--save_ckpt_freq", "10", "--lr", "0.1")
+    losses = [entry["loss_reconstruction"] for entry in log(tmp_path)]
+    assert len(losses) == 10 and losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mask_type", "tube", "--mask_ratio", "0.75", "--vis_freq", "1"],
+        ["--mask_type", "learnable", "--amp", "bf16", "--vis_freq", "1"],
+        ["--use_checkpoint", "--drop_path", "0.1", "--clip_grad", "0.5", "--opt", "sgd"],
+        ["--update_freq", "2", "--num_sample", "2", "--crop", "random_resized", "--color_jitter", "0.4"],
+        ["--sampler", "mlp", "--loss", "l1", "--normalize_target", "false", "--sampling_loss", "linear"],
+        ["--weight_decay_end", "0.2", "--warmup_steps", "1", "--opt_betas", "0.9", "0.95"],
+    ],
+)
+def test_variants_run(data, tmp_path, flags):
+    pretrain(data, tmp_path, "--epochs", "1", *flags)
+    assert log(tmp_path)[0]["loss_reconstruction"] > 0
+    pictures = list((tmp_path / "pictures").glob("*.png"))
+    assert len(pictures) == (1 if "--vis_freq" in flags else 0)
+
+
+def test_two_processes(data, tmp_path):
+    """torchrun with two gloo ranks trains, and only one of them writes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    flags = ["--epochs", "1", "--batch_size", "2"]
+    done = pretrain(data, tmp_path, *flags, how=start_process, launcher=torchrun)
+    assert "2 processes x 2 videos x 1 batches a step = 4" in done.stdout
+    assert len(log(tmp_path)) == 1
+
+
+def test_an_unreadable_video_is_reported_counted_and_replaced(data, tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes((data / "0.mp4").read_bytes()[:200])
+    lines = [f"{data}/{i}.mp4 0\n" for i in range(7)] + [f"{broken} 1\n"]
+    (tmp_path / "list.csv").write_text("".join(lines))
+    done = start(
+        *SMALL_RUN, "--epochs", "1", "--data_path", tmp_path / "list.csv", "--output_dir", tmp_path / "out"
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"unreadable video, replaced by another: {broken}" in done.stderr
+    assert log(tmp_path / "out")[0]["bad_videos"] == 1
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--mask_ratio", "1.2"], "--mask_ratio 1.2 must lie between"),
+        (["--mask_ratio", "0.999"], "shows 0 of 128 tokens"),
+        (["--input_size", "30"], "--input_size 30 is not a multiple of the patch size 8"),
+        (["--num_frames", "5"], "--num_frames 5 is not a multiple"),
+        (["--model", "vit_base"], "--model vit_base: no such model"),
+        (["--batch_size", "0"], "--batch_size 0 must be at least 1"),
+        (["--batch_size", "64"], "--batch_size"),
+        (["--warmup_epochs", "9"], "--warmup_epochs 9 is more than --epochs 2"),
+        (["--sampler_dim", "20"], "--sampler_dim 20 must be a multiple"),
+        (["--data_path", "missing.csv"], "missing.csv does not exist"),
+        (["--data_path", ""], "--data_path is missing"),
+        (["--resume", "missing.pth"], "missing.pth: no such checkpoint"),
+        (["--world_size", "4"], "--world_size 4, but 1 processes were started"),
+        (["--opt", "adamwish"], "--opt adamwish"),
+    ],
+)
+def test_wrong_settings_are_one_line_that_says_what_to_change(data, tmp_path, flags, words):
+    done = start(*SMALL_RUN, "--data_path", data / "list.csv", "--output_dir", tmp_path / "out", *flags)
+    assert done.returncode != 0
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out/*.pth"))
+
+
+def test_another_model_does_not_resume(straight, data):
+    done = start(
+        *SMALL_RUN, "--data_path", data / "list.csv", "--output_dir", straight[0], "--decoder_depth", "2"
+    )
+    assert done.returncode != 0
+    assert "decoder_depth = 1, this run has decoder_depth = 2" in done.stderr
+
+
+def test_lists_without_a_readable_video_or_with_a_bad_line(tmp_path):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    lists = {
+        "empty.mp4 0\n": "empty.mp4",
+        "a.mp4 0\nb.mp4 1 one\n": "list.csv, line 2",
+        "": "is empty",
+    }
+    for text, words in lists.items():
+        (tmp_path / "list.csv").write_text(text)
+        done = start(*SMALL_RUN, "--data_path", tmp_path / "list.csv")
+        assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_flag_is_read():
+    """Each flag's name stands in the program again, as `args.<name>` or in a tuple of names."""
+    source = PROGRAM.read_text()
+    for action in get_args_parser()._actions:
+        if action.dest != "help":
+            assert f"args.{action.dest}" in source or action.dest in AT_LEAST_ONE, action.dest
+
+
+def test_published_flags_and_defaults():
+    args = get_args_parser().parse_args([])
+    expected = {
+        "batch_size": 64,
+        "epochs": 800,
+        "save_ckpt_freq": 50,
+        "model": "pretrain_videomae_base_patch16_224",
+        "decoder_depth": 4,
+        "mask_ratio": 0.95,
+        "drop_path": 0.0,
+        "normalize_target": True,
+        "opt": "adamw",
+        "opt_eps": 1e-8,
+        "clip_grad": None,
+        "momentum": 0.9,
+        "weight_decay": 0.05,
+        "weight_decay_end": None,
+        "lr": 1.5e-4,
+        "min_lr": 1e-5,
+        "warmup_epochs": 40,
+        "warmup_steps": -1,
+        "num_frames": 16,
+        "sampling_rate": 4,
+        "seed": 0,
+        "num_workers": 4,
+        "sampling_loss_weight": 1e-4,
+    }
+    assert {name: getattr(args, name) for name in expected} == expected
+    old = "--normlize_target false --mask_type learnable --opt_betas 0.9 0.95 --no_auto_resume --no_pin_mem"
+    args = get_args_parser().parse_args(old.split())
+    assert (args.normalize_target, args.auto_resume, args.pin_mem) == (False, False, False)
