@@ -1,0 +1,246 @@
+"""Decoding: every decoder returns the same, right frames of every kind of file, or a VideoError."""
+
+import pickle
+
+import av
+import numpy as np
+import pytest
+import torch
+import videos
+
+import video
+from video import DECODERS, VideoError, open_video, resolve_decoder
+
+MPEG4_B = {"codec": "mpeg4", "bf": "2", "g": "12"}
+X265_OPEN = {"codec": "libx265", "x265-params": "log-level=error:keyint=12:min-keyint=12:open-gop=1"}
+STEPS = [1, 1, 3, 1, 2, 5]  # frame durations of the variable-rate video
+
+# name of the kind -> file name, frames, what write_video is given
+KINDS = {
+    "H.264 with B-frames": ("a.mp4", 60, {"bf": "3", "g": "12"}),
+    "H.264, one key frame": ("b.mp4", 60, {"bf": "3", "g": "250"}),
+    "H.264, open GOP": ("c.mp4", 60, {"bf": "3", "g": "12", "x264-params": "open-gop=1"}),
+    "H.264 in Matroska": ("d.mkv", 60, {"bf": "3", "g": "12"}),
+    "H.264 in AVI": ("e.avi", 30, {"bf": "0", "g": "12"}),
+    "H.264 in MPEG-TS": ("f.ts", 30, {"bf": "3", "g": "12"}),
+    "HEVC": ("g.mp4", 40, {"codec": "libx265"}),
+    "HEVC, open GOP": ("h.mp4", 40, X265_OPEN),
+    "VP9 in WebM": ("i.webm", 40, {"codec": "libvpx-vp9", "g": "12"}),
+    "VP9 in mp4": ("j.mp4", 40, {"codec": "libvpx-vp9", "g": "12"}),
+    "MPEG-4 in AVI": ("k.avi", 30, {"codec": "mpeg4", "g": "12"}),
+    "MPEG-4 with B-frames in AVI": ("l.avi", 30, MPEG4_B),
+    "MPEG-4 with B-frames": ("m.mp4", 30, MPEG4_B),
+    "odd size, VP9": ("n.webm", 20, {"codec": "libvpx-vp9", "size": (37, 51)}),
+    "odd size, MPEG-4": ("o.avi", 20, {"codec": "mpeg4", "size": (37, 51)}),
+    "variable frame rate": ("p.mp4", 30, {"times": np.cumsum(STEPS * 5).tolist(), "bf": "3"}),
+    "rotated by 90": ("q.mp4", 20, {"rotation": 90}),
+    "rotated by 180": ("r.mp4", 20, {"rotation": 180}),
+    "rotated by 270": ("s.mp4", 20, {"rotation": 270}),
+    "BT.709": ("t.mp4", 20, {"x264-params": "colormatrix=bt709"}),
+    "full range": ("u.mp4", 20, {"x264-params": "fullrange=on"}),
+    "ten bits": ("v.mp4", 20, {"pix_fmt": "yuv420p10le"}),
+    "one frame": ("w.mp4", 1, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """made(kind): the path of a video of that kind, encoded once."""
+    folder, paths = tmp_path_factory.mktemp("videos"), {}
+
+    def make(kind):
+        if kind not in paths:
+            name, num_frames, settings = KINDS[kind]
+            paths[kind] = videos.write_video(folder / name, num_frames, **settings)
+        return paths[kind]
+
+    return make
+
+
+@pytest.fixture(params=list(DECODERS))
+def decoder(request):
+    try:
+        return resolve_decoder(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_frames_are_there_in_order_and_upright(made, decoder, kind):
+    _, num_frames, settings = KINDS[kind]
+    mean_step = sum(STEPS) / len(STEPS) if "variable" in kind else 1
+    with open_video(made(kind), decoder) as opened:
+        frames = opened.get_frames(range(opened.num_frames))
+        assert opened.num_frames == num_frames
+        assert opened.size == settings.get("size", (48, 64))
+        # Matroska rounds times to milliseconds; how long an uneven last frame lasts is the container's guess
+        assert opened.fps == pytest.approx(30 / mean_step, rel=0.08 if "variable" in kind else 0.003)
+        assert frames.dtype == torch.uint8 and frames.shape == (num_frames, 3, *opened.size)
+        assert videos.read_numbers(frames) == list(range(num_frames))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_indices_in_any_order_give_those_frames(made, decoder, kind):
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        with open_video(made(kind), decoder) as opened:
+            for _ in range(2):  # the second time the decoder starts from where it stopped
+                indices = rng.integers(0, opened.num_frames, 6)
+                assert videos.read_numbers(opened.get_frames(indices)) == indices.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("decoder", ["torchcodec", "decord"], indirect=True)
+def test_decoders_agree_in_every_pixel(made, decoder, kind):
+    with open_video(made(kind), decoder) as one, open_video(made(kind), "pyav") as other:
+        assert (one.num_frames, one.fps, one.size) == (other.num_frames, other.fps, other.size)
+        indices = range(0, one.num_frames, 5)
+        assert torch.equal(one.get_frames(indices), other.get_frames(indices))
+
+
+@pytest.mark.parametrize("kind", ["H.264 with B-frames", "HEVC", "VP9 in WebM", "MPEG-4 in AVI", "BT.709"])
+def test_common_files_are_read_by_the_decoder_asked_for(made, decoder, kind):
+    with open_video(made(kind), decoder) as opened:
+        assert type(opened._reader) is DECODERS[decoder]
+
+
+@pytest.mark.parametrize("decoder", ["torchcodec", "decord"], indirect=True)
+def test_large_noisy_pictures_agree_too(tmp_path, decoder):
+    noise = np.random.default_rng(0).integers(0, 256, (6, 64, 85, 3)).astype(np.uint8)
+    frames = noise.repeat(4, axis=1).repeat(4, axis=2)  # 256 x 340, as videos of Kinetics often are
+    path = videos.write_video(tmp_path / "noise.mp4", frames=frames, crf="23", bf="2")
+    with open_video(path, decoder) as one, open_video(path, "pyav") as other:
+        assert torch.equal(one.get_frames(range(6)), other.get_frames(range(6)))
+
+
+def test_frames_hidden_by_an_edit_list_do_not_count(tmp_path, made, decoder):
+    path = videos.write_trimmed(made("H.264, one key frame"), tmp_path / "trimmed.mp4", first=17)
+    with open_video(path, decoder) as opened:
+        assert opened.num_frames == 60 - 17
+        assert videos.read_numbers(opened.get_frames([42, 0, 5])) == [59, 17, 22]
+
+
+def test_each_distinct_frame_is_decoded_once(made, decoder, monkeypatch):
+    asked = []
+    with open_video(made("H.264 with B-frames"), decoder) as opened:
+        read = opened._reader.read
+        monkeypatch.setattr(opened._reader, "read", lambda indices: asked.append(indices) or read(indices))
+        frames = opened.get_frames([7, 3, 7, 7, 20, 3])
+    assert asked == [[3, 7, 20]]
+    assert videos.read_numbers(frames) == [7, 3, 7, 7, 20, 3]
+
+
+def test_pyav_only_converts_wanted_frames_and_decodes_in_one_thread(made, monkeypatch):
+    converted = []
+    picture = video.PyAV._picture
+    monkeypatch.setattr(video.PyAV, "_picture", lambda self, f: converted.append(f.pts) or picture(self, f))
+    with open_video(made("H.264 with B-frames"), "pyav") as opened:
+        opened.get_frames([3, 40, 41])
+        assert opened._reader.stream.codec_context.thread_count == 1
+    assert len(converted) == 3
+
+
+def broken_files(folder):
+    """What is wrong with a file -> its path."""
+    good = videos.write_video(folder / "good.mp4", 60, size=(96, 128), g="20", bf="2")
+    fast = videos.write_video(folder / "fast.mp4", 60, size=(96, 128), g="20", bf="2", movflags="faststart")
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("no video at all\n" * 200)
+    return {
+        "missing": folder / "nothing.mp4",
+        "a folder": folder,
+        "zero bytes": folder / "empty.mp4",
+        "not a video": folder / "text.mp4",
+        "audio only": videos.write_audio(folder / "audio.mp4"),
+        "cut, header at the end": videos.write_cut(good, folder / "cut.mp4", 0.5),
+        "cut, header in front": videos.write_cut(fast, folder / "cut_fast.mp4", 0.6),
+        "damaged in the middle": videos.write_damaged(good, folder / "damaged.mp4"),
+    }
+
+
+BROKEN = [
+    "missing",
+    "a folder",
+    "zero bytes",
+    "not a video",
+    "audio only",
+    "cut, header at the end",
+    "cut, header in front",
+    "damaged in the middle",
+]
+
+
+@pytest.mark.parametrize("defect", BROKEN)
+def test_a_broken_file_is_a_video_error(tmp_path, decoder, defect):
+    path = broken_files(tmp_path)[defect]
+    with pytest.raises(VideoError) as raised, open_video(path, decoder) as opened:
+        opened.get_frames(range(opened.num_frames))
+    error = raised.value
+    assert error.path == path and error.reason and "\n" not in error.reason
+    assert str(error) == f"{path}: {error.reason}"
+    assert "audio" not in defect or error.reason == "has no video stream"
+    assert "zero" not in defect or error.reason == "is empty (0 bytes)"
+    if defect in ("missing", "not a video", "damaged in the middle"):
+        assert isinstance(error.__cause__, Exception)  # what the library said is kept
+
+
+def test_a_file_cut_between_two_frames_is_a_video_error(tmp_path, decoder):
+    """The bytes that are left are all valid: only the header tells that there should be more."""
+    path = videos.write_video(tmp_path / "a.mp4", 60, g="20", movflags="faststart")
+    with av.open(str(path)) as container:
+        positions = [packet.pos for packet in container.demux(video=0) if packet.size]
+    path.write_bytes(path.read_bytes()[: positions[30]])
+    with pytest.raises(VideoError, match=r"cut off: 1\.0 s of video, its header says 2\.0 s"):
+        open_video(path, decoder)
+
+
+def test_a_file_cut_within_its_last_frame_is_noticed_on_opening(tmp_path, decoder):
+    path = videos.write_video(tmp_path / "a.mp4", 60, g="20", bf="0", movflags="faststart")
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(VideoError, match="is damaged or cut off at frame 59"):
+        open_video(path, decoder)
+
+
+@pytest.mark.parametrize("indices", [[30], [-1], [0, 99], []])
+def test_an_index_out_of_range_is_a_video_error(tmp_path, decoder, indices):
+    path = videos.write_video(tmp_path / "a.mp4", 30)
+    with open_video(path, decoder) as opened, pytest.raises(VideoError, match="frames 0 to 29"):
+        opened.get_frames(indices)
+
+
+def test_video_error_survives_pickling():
+    error = pickle.loads(pickle.dumps(VideoError("a.mp4", "is empty")))
+    assert (error.path, error.reason, str(error)) == ("a.mp4", "is empty", "a.mp4: is empty")
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """without(names): make these decoders fail to load."""
+
+    def fail():
+        raise ImportError("no such library")
+
+    def disable(*names):
+        for name in names:
+            monkeypatch.setattr(DECODERS[name], "load", staticmethod(fail))
+        resolve_decoder.cache_clear()
+
+    yield disable
+    resolve_decoder.cache_clear()
+
+
+def test_auto_takes_the_first_decoder_that_loads(without):
+    without()
+    assert resolve_decoder("pyav") == "pyav"
+    without("torchcodec")
+    assert resolve_decoder("auto") in ("decord", "pyav")
+    without("decord")
+    assert resolve_decoder("auto") == "pyav"
+
+
+def test_a_decoder_asked_for_by_name_must_load(without):
+    without("torchcodec")
+    with pytest.raises(RuntimeError, match=r"torchcodec can't be used here \(no such library\): install"):
+        resolve_decoder("torchcodec")
+    with pytest.raises(ValueError, match="choose one of auto, torchcodec, decord, pyav"):
+        resolve_decoder("opencv")
