@@ -1,10 +1,12 @@
 """The video ViT: tubelet embedding, positions, transformer blocks, classifier, and the table of sizes."""
 
 import re
+from collections.abc import Collection
 from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.models.beit import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -30,27 +32,34 @@ SIZES = {
     "huge": Size(dim=1280, depth=32, heads=16, decoder_dim=640, decoder_heads=8),
 }
 
-CLASSIFIERS = {
-    "vit_tiny_patch8_64",
-    "vit_small_patch16_224",
-    "vit_base_patch16_224",
-    "vit_base_patch16_384",
-    "vit_large_patch16_224",
-    "vit_large_patch16_384",
-    "vit_large_patch16_512",
-    "vit_huge_patch16_224",
+# MAE-ST's classifier against that of AdaMAE and VideoMAE, as settings of `VisionTransformer`
+MAE_ST = {"class_token": True, "separate_qkv": True, "encoder_norm": True, "pos_embed": "separable"}
+
+CLASSIFIERS: dict[str, dict] = {
+    "vit_tiny_patch8_64": {},
+    "vit_small_patch16_224": {},
+    "vit_base_patch16_224": {},
+    "vit_base_patch16_384": {},
+    "vit_large_patch16_224": {},
+    "vit_large_patch16_384": {},
+    "vit_large_patch16_512": {},
+    "vit_huge_patch16_224": {},
+    "vit_tiny_mae_st_patch8_64": MAE_ST,
+    "vit_base_mae_st_patch16_224": MAE_ST,
+    "vit_large_mae_st_patch16_224": MAE_ST,
+    "vit_huge_mae_st_patch14_224": MAE_ST,
 }
 
 
-def parse_model_name(name: str, known: set[str]) -> tuple[Size, int, int]:
-    """Reads `..._<size>_patch<p>_<img>`: the size's table entry, the patch and the input side in pixels.
+def parse_model_name(name: str, known: Collection[str]) -> tuple[Size, int, int]:
+    """Reads `..._<size>_..._patch<p>_<img>`: the size's table entry, the patch and the input side in pixels.
 
     Raises:
         ValueError: `name` is not one of `known`.
     """
     if name not in known:
         raise ValueError(f"--model {name}: no such model; choose one of {', '.join(sorted(known))}")
-    size, patch, img = re.fullmatch(r".*_(\w+?)_patch(\d+)_(\d+)", name).groups()
+    size, patch, img = re.fullmatch(rf".*_({'|'.join(SIZES)})_.*patch(\d+)_(\d+)", name).groups()
     return SIZES[size], int(patch), int(img)
 
 
@@ -101,6 +110,7 @@ POSITIONS = {
     "sinusoid_1d": lambda window, dim: sinusoid_1d(window[0] * window[1] * window[2], dim),
     "sinusoid_3d": sinusoid_3d,
 }
+CLASSIFIER_POSITIONS = (*POSITIONS, "learnable", "separable")
 
 
 class TubeletEmbed(nn.Module):
@@ -114,9 +124,28 @@ class TubeletEmbed(nn.Module):
         return self.proj(clip).flatten(2).transpose(1, 2)  # (B,N,D)
 
 
+class SeparateAttention(nn.Module):
+    """Self-attention (B,N,D) -> (B,N,D) with a biased projection each for query, key and value (MAE-ST)."""
+
+    def __init__(self, *, dim: int, heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0):
+        super().__init__()
+        self.heads, self.attn_drop = heads, attn_drop
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: None = None) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for project in (self.q, self.k, self.v)
+        )  # each (B,heads,N,d)
+        drop = self.attn_drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)  # (B,heads,N,d)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+
 class Blocks(nn.ModuleList):
     """Pre-norm transformer blocks (B,N,D) -> (B,N,D), stochastic depth rising linearly to `drop_path`.
 
+    Queries, keys and values come from one projection without a key bias, or with `separate_qkv` from three.
     `checkpoint_activations` recomputes each block's activations in the backward pass instead of storing them.
     """
 
@@ -130,6 +159,7 @@ class Blocks(nn.ModuleList):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         init_values: float = 0.0,
+        separate_qkv: bool = False,
         checkpoint_activations: bool = False,
     ):
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
@@ -148,6 +178,8 @@ class Blocks(nn.ModuleList):
         )
         for block in self:
             block.mlp.drop1 = nn.Identity()  # the published MLP has no dropout after its activation
+            if separate_qkv:
+                block.attn = SeparateAttention(dim=dim, heads=heads, attn_drop=attn_drop, proj_drop=drop)
         self.checkpoint_activations = checkpoint_activations
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,10 +192,28 @@ class Blocks(nn.ModuleList):
 
 
 class VisionTransformer(nn.Module):
-    """The classifier of AdaMAE and VideoMAE: clip (B,3,T,H,W) -> logits (B,classes).
+    """The classifier of AdaMAE, VideoMAE and MAE-ST: clip (B,3,T,H,W) -> logits (B,classes).
 
-    There is no class token. With mean pooling the tokens are averaged and then normalised by `fc_norm`;
-    without it they are normalised by `norm` and the first token is classified.
+    Embed, add positions, transform, pool, normalise, drop out, classify. Parameter names are those of the
+    published checkpoints.
+
+    Args:
+        size: width, depth and heads.
+        patch, tubelet: pixels per side and frames of a token; window: the grid of tokens (T', H', W').
+        drop, attn_drop, drop_path, fc_drop: dropout of embeddings and blocks, of attention, stochastic depth,
+            and dropout before the head.
+        init_values: start of LayerScale; 0 is without.
+        init_scale: factor on the head's initial weights.
+        mean_pooling: average the tokens, without the class token; else take the first one.
+        class_token: put a learnable token in front of the clip's.
+        separate_qkv: see `Blocks`.
+        encoder_norm: normalise the average by the encoder's own `norm` (MAE-ST), not by a fresh `fc_norm`.
+        pos_embed: "sinusoid_1d" or "sinusoid_3d", fixed; "learnable", one table that starts as the 1-D
+            sinusoid; "separable", learnable, the sum of a table over time and one over space.
+        checkpoint_activations: recompute activations in the backward pass.
+
+    Raises:
+        ValueError: there are no such positions.
     """
 
     def __init__(
@@ -173,6 +223,7 @@ class VisionTransformer(nn.Module):
         patch: int,
         window: tuple[int, int, int],
         num_classes: int,
+        tubelet: int = TUBELET,
         drop: float = 0.0,
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
@@ -180,13 +231,18 @@ class VisionTransformer(nn.Module):
         init_values: float = 0.0,
         init_scale: float = 0.001,
         mean_pooling: bool = True,
+        class_token: bool = False,
+        separate_qkv: bool = False,
+        encoder_norm: bool = False,
         pos_embed: str = "sinusoid_1d",
         checkpoint_activations: bool = False,
     ):
         super().__init__()
-        self.depth = size.depth
-        self.patch_embed = TubeletEmbed(patch=patch, dim=size.dim)
-        self.register_buffer("positions", POSITIONS[pos_embed](window, size.dim), persistent=False)
+        self.window, self.patch, self.dim, self.depth = window, patch, size.dim, size.depth
+        self.heads, self.mean_pooling, self.pos_kind = size.heads, mean_pooling, pos_embed
+        self.patch_embed = TubeletEmbed(patch=patch, dim=size.dim, tubelet=tubelet)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim)) if class_token else None
+        self._create_positions()
         self.pos_drop = nn.Dropout(drop)
         self.blocks = Blocks(
             dim=size.dim,
@@ -196,13 +252,33 @@ class VisionTransformer(nn.Module):
             attn_drop=attn_drop,
             drop_path=drop_path,
             init_values=init_values,
+            separate_qkv=separate_qkv,
             checkpoint_activations=checkpoint_activations,
         )
-        self.norm = nn.Identity() if mean_pooling else nn.LayerNorm(size.dim, eps=1e-6)
-        self.fc_norm = nn.LayerNorm(size.dim, eps=1e-6) if mean_pooling else None
+        norm = nn.LayerNorm(size.dim, eps=1e-6)
+        fresh = mean_pooling and not encoder_norm
+        self.norm, self.fc_norm = (None, norm) if fresh else (norm, None)
         self.fc_drop = nn.Dropout(fc_drop)
         self.head = nn.Linear(size.dim, num_classes)
         self._initialise(init_scale)
+
+    def _create_positions(self) -> None:
+        t, h, w = self.window
+        rows = 0 if self.cls_token is None else 1  # the class token's, in front
+        if self.pos_kind == "separable":
+            self.pos_embed_spatial = nn.Parameter(torch.zeros(1, h * w, self.dim))
+            self.pos_embed_temporal = nn.Parameter(torch.zeros(1, t, self.dim))
+            self.pos_embed_class = nn.Parameter(torch.zeros(1, 1, self.dim)) if rows else None
+        elif self.pos_kind in CLASSIFIER_POSITIONS:
+            fixed = "sinusoid_1d" if self.pos_kind == "learnable" else self.pos_kind
+            table = F.pad(POSITIONS[fixed](self.window, self.dim), (0, 0, rows, 0))[None]  # (1,[1+]N,D)
+            if self.pos_kind == "learnable":
+                self.pos_embed = nn.Parameter(table)
+            else:
+                self.register_buffer("positions", table, persistent=False)
+        else:
+            known = ", ".join(CLASSIFIER_POSITIONS)
+            raise ValueError(f"--pos_embed {self.pos_kind}: no such positions; choose one of {known}")
 
     def _initialise(self, init_scale: float) -> None:
         for module in self.modules():
@@ -210,31 +286,91 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for name, p in self.named_parameters():
+            if name.startswith(("cls_token", "pos_embed_")):
+                nn.init.trunc_normal_(p, std=0.02)
         with torch.no_grad():
             self.head.weight.mul_(init_scale)
             self.head.bias.mul_(init_scale)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that take no weight decay although they are not one-dimensional."""
-        return {"pos_embed", "cls_token"}
+        return {n for n, _ in self.named_parameters() if n.startswith(("cls_token", "pos_embed"))}
+
+    def layer_ids(self) -> dict[str, int]:
+        """The layer of each parameter, by name, for layer-wise learning rates (BEiT).
+
+        Embedding, positions and class token are 0, block i is i + 1, final norm and head are depth + 1.
+        """
+
+        def layer(name: str) -> int:
+            if name.startswith(("patch_embed.", "cls_token", "pos_embed")):
+                return 0
+            return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else self.depth + 1
+
+        return {name: layer(name) for name, _ in self.named_parameters()}
+
+    def position_table(self) -> Tensor:
+        """What is added to the tokens: (1,N,D), or (1,1+N,D) with the class token's row in front."""
+        if self.pos_kind != "separable":
+            return self.pos_embed if self.pos_kind == "learnable" else self.positions
+        grid = self.pos_embed_temporal[:, :, None] + self.pos_embed_spatial[:, None]  # (1,T',H'W',D)
+        table = grid.flatten(1, 2)  # (1,N,D)
+        return table if self.pos_embed_class is None else torch.cat([self.pos_embed_class, table], dim=1)
+
+    def _encode(self, clip: Tensor) -> Tensor:
+        x = self.patch_embed(clip)  # (B,N,D)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B,1+N,D)
+        return self.blocks(self.pos_drop(x + self.position_table()))  # (B,[1+]N,D)
+
+    def _without_class_token(self, x: Tensor) -> Tensor:
+        return x if self.cls_token is None else x[:, 1:]
+
+    def forward_tokens(self, clip: Tensor) -> Tensor:
+        """The clip's tokens after the last block, not normalised, no class token: (B,N,D), (t,h,w) order.
+
+        `unflatten(1, model.window)` gives them their place back, and `final_norm` of any mean over them is
+        on the scale of `forward_features`.
+        """
+        return self._without_class_token(self._encode(clip))
+
+    def final_norm(self, x: Tensor) -> Tensor:
+        """The LayerNorm between pooling and head: (...,D) -> (...,D)."""
+        return (self.norm if self.fc_norm is None else self.fc_norm)(x)
 
     def forward_features(self, clip: Tensor) -> Tensor:
-        x = self.patch_embed(clip) + self.positions  # (B,N,D)
-        x = self.norm(self.blocks(self.pos_drop(x)))  # (B,N,D)
-        return x[:, 0] if self.fc_norm is None else self.fc_norm(x.mean(1))  # (B,D)
+        """The pooled and normalised vector that the head classifies: (B,D).
+
+        With mean pooling it is `final_norm(forward_tokens(clip).mean(1))`.
+        """
+        x = self._encode(clip)  # (B,[1+]N,D)
+        return self.final_norm(self._without_class_token(x).mean(1) if self.mean_pooling else x[:, 0])
 
     def forward(self, clip: Tensor) -> Tensor:
         return self.head(self.fc_drop(self.forward_features(clip)))  # (B,classes)
 
 
 def create_classifier(
-    name: str, *, num_classes: int, num_frames: int = 16, input_size: int | None = None, **settings
+    name: str,
+    *,
+    num_classes: int,
+    num_frames: int = 16,
+    input_size: int | None = None,
+    tubelet: int = TUBELET,
+    pos_embed: str | None = None,
+    **settings,
 ) -> VisionTransformer:
-    """Builds the classifier named `vit_<size>_patch<p>_<img>`; `settings` go to `VisionTransformer`.
+    """Builds a model of `CLASSIFIERS`; `settings` go to `VisionTransformer`.
 
-    `input_size` in pixels overrides the side in the name. Raises ValueError as `parse_model_name` and
-    `token_grid` do.
+    `input_size` in pixels overrides the side in the name, `pos_embed` the positions that the named model has.
+    Raises ValueError for an unknown name and for frames or pixels that do not divide into tokens.
     """
     size, patch, img = parse_model_name(name, CLASSIFIERS)
-    window = token_grid(num_frames, input_size or img, patch)
-    return VisionTransformer(size=size, patch=patch, window=window, num_classes=num_classes, **settings)
+    window = token_grid(num_frames, input_size or img, patch, tubelet)
+    settings = {**CLASSIFIERS[name], **settings}
+    if pos_embed is not None:
+        settings["pos_embed"] = pos_embed
+    return VisionTransformer(
+        size=size, patch=patch, window=window, num_classes=num_classes, tubelet=tubelet, **settings
+    )

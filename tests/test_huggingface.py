@@ -4,30 +4,33 @@ import pytest
 import torch
 
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from modeling_finetune import Size
+from modeling_finetune import Size, VisionTransformer
 from modeling_pretrain import PretrainVisionTransformer
 from targets import reconstruction_error, reconstruction_targets
 
 transformers = pytest.importorskip("transformers")
+
+RENAMES = [  # parts of a parameter's name: ours (the published), Hugging Face's
+    ("encoder.patch_embed.proj", "videomae.embeddings.patch_embeddings.projection"),
+    ("encoder.blocks.", "videomae.encoder.layer."),
+    ("encoder.norm.", "videomae.layernorm."),
+    ("decoder.blocks.", "decoder.decoder_layers."),
+    ("norm1", "layernorm_before"),
+    ("norm2", "layernorm_after"),
+    ("mlp.fc1", "intermediate.dense"),
+    ("mlp.fc2", "output.dense"),
+    ("attn.proj", "attention.output.dense"),
+    ("attn.q_bias", "attention.attention.query.bias"),
+    ("attn.v_bias", "attention.attention.value.bias"),
+]
 
 
 def to_huggingface(ours: dict) -> dict:
     """Our (the published) parameter names and fused projections -> Hugging Face's."""
     theirs = {}
     for key, value in ours.items():
-        key = (
-            key.replace("encoder.patch_embed.proj", "videomae.embeddings.patch_embeddings.projection")
-            .replace("encoder.blocks.", "videomae.encoder.layer.")
-            .replace("encoder.norm.", "videomae.layernorm.")
-            .replace("decoder.blocks.", "decoder.decoder_layers.")
-            .replace("norm1", "layernorm_before")
-            .replace("norm2", "layernorm_after")
-            .replace("mlp.fc1", "intermediate.dense")
-            .replace("mlp.fc2", "output.dense")
-            .replace("attn.proj", "attention.output.dense")
-            .replace("attn.q_bias", "attention.attention.query.bias")
-            .replace("attn.v_bias", "attention.attention.value.bias")
-        )
+        for our_part, their_part in RENAMES:
+            key = key.replace(our_part, their_part)
         if key.endswith("attn.qkv.weight"):
             stem = key.removesuffix("attn.qkv.weight") + "attention.attention."
             for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
@@ -35,6 +38,34 @@ def to_huggingface(ours: dict) -> dict:
         else:
             theirs[key] = value
     return theirs
+
+
+def from_huggingface(theirs: dict) -> dict:
+    """The inverse of `to_huggingface`."""
+    ours = {}
+    for key, value in theirs.items():
+        stem, found, name = key.partition("attention.attention.")
+        if found and name.endswith(".weight"):
+            if name != "query.weight":
+                continue
+            parts = [theirs[f"{stem}{found}{part}.weight"] for part in ("query", "key", "value")]
+            key, value = f"{stem}attn.qkv.weight", torch.cat(parts)
+        for our_part, their_part in reversed(RENAMES):
+            key = key.replace(their_part, our_part)
+        ours[key] = value
+    return ours
+
+
+def classifier_to_huggingface(ours: dict) -> dict:
+    """As `to_huggingface`, for a classifier: its encoder has no prefix and its head another name."""
+    body = {k if k.startswith(("fc_norm", "head")) else f"encoder.{k}": v for k, v in ours.items()}
+    return {k.replace("head.", "classifier."): v for k, v in to_huggingface(body).items()}
+
+
+def classifier_from_huggingface(theirs: dict) -> dict:
+    """The inverse of `classifier_to_huggingface`."""
+    ours = from_huggingface({k.replace("classifier.", "head."): v for k, v in theirs.items()})
+    return {k.removeprefix("encoder."): v for k, v in ours.items()}
 
 
 def test_videomae_equals_huggingface():
@@ -75,3 +106,53 @@ def test_videomae_equals_huggingface():
 
     torch.testing.assert_close(out.prediction, expected.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(error.mean(), expected.loss, rtol=1e-4, atol=1e-6)
+
+
+def classifiers(mean_pooling: bool) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Our classifier and Hugging Face's of the same shape, each with random weights, in evaluation mode."""
+    torch.manual_seed(0)
+    ours = VisionTransformer(
+        size=Size(dim=32, depth=2, heads=4, decoder_dim=0, decoder_heads=0),
+        patch=4,
+        window=(4, 4, 4),
+        num_classes=7,
+        mean_pooling=mean_pooling,
+    )
+    config = transformers.VideoMAEConfig(
+        image_size=16,
+        patch_size=4,
+        num_frames=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        layer_norm_eps=1e-6,
+        use_mean_pooling=mean_pooling,
+        num_labels=7,
+    )
+    theirs = transformers.VideoMAEForVideoClassification(config)
+    for model in (ours, theirs):
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1 if p.ndim == 1 else p[0].numel() ** -0.5)
+    return ours.eval(), theirs.eval()
+
+
+@pytest.mark.parametrize("mean_pooling", [True, False])
+@pytest.mark.parametrize("direction", ["to", "from"])
+def test_classifier_equals_huggingface(mean_pooling, direction):
+    ours, theirs = classifiers(mean_pooling)
+    if direction == "to":
+        theirs.load_state_dict(classifier_to_huggingface(ours.state_dict()))
+    else:
+        ours.load_state_dict(classifier_from_huggingface(theirs.state_dict()))
+    clip = torch.randn(3, 3, 8, 16, 16)
+    logits, expected = ours(clip), theirs(clip.transpose(1, 2)).logits
+    assert expected.std() > 0.05
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_conversion_there_and_back_changes_nothing():
+    ours, _ = classifiers(mean_pooling=True)
+    state = ours.state_dict()
+    back = classifier_from_huggingface(classifier_to_huggingface(state))
+    assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
