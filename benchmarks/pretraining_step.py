@@ -3,13 +3,13 @@
     python benchmarks/pretraining_step.py --batch_size 4 --precision off bf16
 
 - `this`: AdaMAE as `run_mae_pretraining.py` trains it; `this (tube)`: its VideoMAE model.
-- `published way`: the same AdaMAE network computed as its published code does it: attention written out, tokens
-  chosen by boolean masks, one Categorical object a sample, targets of a clip that is normalised and brought back,
-  an optimiser that walks the parameters, a look at the loss and the gradient norm in every step.
+- `published way`: the same AdaMAE network computed as its published code does it: attention written out,
+  tokens chosen by boolean masks, one Categorical object a sample, targets of a clip that is normalised and
+  brought back, an optimiser that walks the parameters, a look at loss and gradient norm in every step.
 - `Hugging Face VideoMAE`: `VideoMAEForPreTraining` of the same size, tube masks, no sampler.
 
-Each runs in a process of its own, so that peak memory is its own; the median of the timed steps counts. Ratios are
-peer / this: above 1 means that this is faster or lighter.
+Each runs in a process of its own, so that peak memory is its own; the median of the timed steps counts. Ratios
+are peer / this: above 1 means that this is faster or lighter.
 """
 
 import argparse
@@ -87,13 +87,11 @@ def published_way(device, amp, settings):
             prediction, probs, mask = forward(clip)
             target = target.flatten(2)[mask].reshape(prediction.shape)
             error = (prediction.float() - target).square().mean(2)
-            sampling = [
-                -(
-                    torch.distributions.Categorical(p).log_prob(torch.arange(len(p), device=device))[m] * e
-                ).mean()
-                for p, m, e in zip(probs, mask, error.detach())
-            ]
-            loss = error.mean() + 1e-4 * torch.stack(sampling).mean()
+            sampling = torch.zeros((), device=device)
+            for p, m, e in zip(probs, mask, error.detach()):
+                log_p = torch.distributions.Categorical(p).log_prob(torch.arange(len(p), device=device))
+                sampling = sampling - (log_p[m] * e).mean() / len(probs)
+            loss = error.mean() + 1e-4 * sampling
         loss.item()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), float("inf")).item()
