@@ -20,12 +20,13 @@ from checkpoint import (
 )
 from datasets import VideoList, build_pretraining_loader, check_readable, read_list
 from engine_for_pretraining import Losses, pretrain_one_epoch
+from logs import Console, Progress, RunLog
 from masking_generator import ALIASES, RULES, visible_count
 from modeling_finetune import POSITIONS, parse_model_name, token_grid
 from modeling_pretrain import PRETRAIN_MODELS, create_pretrain_model
 from optim import Engine, cosine_schedule, create_optimizer, resolve_amp
 from targets import ERRORS
-from utils import Console, RunLog, World, seed_all, start_world, stop_world
+from utils import World, seed_all, start_world, stop_world
 from video import resolve_decoder
 
 
@@ -340,16 +341,14 @@ def train(run: Run) -> None:
         means = pretrain_one_epoch(
             engine,
             run.loader,
-            epoch=epoch,
             num_batches=num_batches,
             losses=run.losses,
             normalization=normalization,
             schedule=run.schedule,
             seed=args.seed,
-            world=run.world,
-            console=console,
-            log=run.log,
-            log_freq=args.log_freq,
+            progress=Progress(
+                world=run.world, console=console, log=run.log, epoch=epoch, log_freq=args.log_freq
+            ),
         )
         run.log.epoch({"epoch": epoch, **means})
         is_last = epoch + 1 == args.epochs

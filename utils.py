@@ -1,22 +1,14 @@
-"""Process set-up, seeding, meters and logging."""
+"""Process set-up, seeding, and numbers shared between processes."""
 
-import json
 import os
 import random
-import resource
 import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 
 class World(NamedTuple):
@@ -94,36 +86,6 @@ def seed_all(*words: int) -> None:
     random.seed(low)
 
 
-class Meters:
-    """Running means of device scalars: adding costs no synchronisation, `read` costs one."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.names: list[str] = []
-        self.reset()
-
-    def reset(self) -> None:
-        self.total: Tensor | float = 0.0
-        self.count = 0
-
-    def add(self, **values: Tensor) -> None:
-        """Adds one step's 0-dimensional tensors; the names must be the same in every step."""
-        self.names = list(values)
-        step = torch.stack([v.detach().to(self.device, torch.float64).reshape(()) for v in values.values()])
-        self.total = self.total + step
-        self.count += 1
-
-    def read(self) -> dict[str, float]:
-        """Means over the steps since the last `reset`, over all ranks (every rank must call it)."""
-        if not self.count:
-            return {}
-        total = self.total / self.count
-        if dist.is_initialized():
-            dist.all_reduce(total)
-            total /= dist.get_world_size()
-        return dict(zip(self.names, total.tolist(), strict=True))
-
-
 def sum_over_ranks(value: float, device: torch.device) -> float:
     """The sum of one number over all ranks (every rank must call it)."""
     if not dist.is_initialized():
@@ -131,87 +93,3 @@ def sum_over_ranks(value: float, device: torch.device) -> float:
     total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.item()
-
-
-def memory_gib(device: torch.device) -> float:
-    """Peak memory in GiB: of the device for CUDA, else of this process (resident set)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def readable_time(seconds: float) -> str:
-    """3725 -> "1:02:05"; days in front where there are any."""
-    days, rest = divmod(int(seconds), 86400)
-    return f"{days} d " * bool(days) + f"{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-
-
-class Console:
-    """What a person sees of a run: a bar on a terminal, plain lines elsewhere, nothing off rank 0."""
-
-    def __init__(self, *, total_steps: int, show: bool = True):
-        self.total, self.show, self.bar = total_steps, show, None
-        self.first, self.started = 0, time.monotonic()
-
-    def start(self, first_step: int) -> None:
-        """The clock starts, `first_step` steps being done already."""
-        self.first, self.started = first_step, time.monotonic()
-        if self.show and sys.stderr.isatty():
-            self.bar = tqdm(total=self.total, initial=first_step, unit="step", dynamic_ncols=True)
-
-    def advance(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
-    def report(self, step: int, epoch: int, **values: str) -> None:
-        """Shows the values of the last steps; `step` steps of the whole run are done."""
-        if self.bar is not None:
-            self.bar.set_description(f"epoch {epoch}")
-            self.bar.set_postfix_str(", ".join(f"{k} {v}" for k, v in values.items()))
-            return
-        done = max(1, step - self.first)
-        left = (time.monotonic() - self.started) / done * (self.total - step)
-        text = "  ".join(f"{k} {v}" for k, v in values.items())
-        self.say(f"epoch {epoch}  step {step}/{self.total}  {text}  left {readable_time(left)}")
-
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
-        if self.show:
-            tqdm.write(text, file=sys.stderr if self.bar is not None else sys.stdout)
-            sys.stdout.flush()
-
-    def warn(self, text: str) -> None:
-        """A line on stderr from any rank: something a person should know of."""
-        tqdm.write(text, file=sys.stderr)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-class RunLog:
-    """log.txt (a JSON object an epoch) in `output_dir`, TensorBoard in `log_dir`; either may be ''."""
-
-    def __init__(self, *, output_dir: str, log_dir: str, show: bool = True):
-        self.file = Path(output_dir) / "log.txt" if output_dir and show else None
-        self.writer = SummaryWriter(log_dir) if log_dir and show else None
-
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
-
-    def image(self, name: str, step: int, picture: np.ndarray) -> None:
-        """A picture (H,W,3) uint8."""
-        if self.writer is not None:
-            self.writer.add_image(name, picture, step, dataformats="HWC")
-
-    def epoch(self, values: dict) -> None:
-        if self.file is not None:
-            with self.file.open("a") as f:
-                f.write(json.dumps(values) + "\n")
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()

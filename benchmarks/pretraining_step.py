@@ -8,7 +8,7 @@
   brought back, an optimiser that walks the parameters, a look at loss and gradient norm in every step.
 - `Hugging Face VideoMAE`: `VideoMAEForPreTraining` of the same size, tube masks, no sampler.
 
-Each runs in a process of its own, so that peak memory is its own; the median of the timed steps counts. Ratios
+Each runs in a process of its own, so that peak memory is its own; the median of the steps counts. Ratios
 are peer / this: above 1 means that this is faster or lighter.
 """
 
@@ -25,10 +25,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from augment import IMAGENET_MEAN, IMAGENET_STD, normalize, to_pixels
 from engine_for_pretraining import Losses
+from logs import memory_gib
 from modeling_pretrain import create_pretrain_model
 from optim import Engine, create_optimizer, resolve_amp
 from targets import patchify
-from utils import memory_gib
 
 MODEL = "pretrain_videomae_base_patch16_224"
 PEERS = {"this": "published way", "this (tube)": "Hugging Face VideoMAE"}

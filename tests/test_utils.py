@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from utils import Console, Meters, World, readable_time, seed_all, start_world
+from logs import Console, Meters, readable_time
+from utils import World, seed_all, start_world
 
 CPU = torch.device("cpu")
 
