@@ -20,6 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 COLOUR_STATISTICS = {
     "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "mae_st": ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225)),
 }
 
 MULTI_SCALES = (1.0, 0.875, 0.75, 0.66)
@@ -52,29 +53,38 @@ def apply_view(
     clip: uint8 (T,C,H,W). interpolation: "bilinear" or "bicubic". Returns uint8 (T,C,size,size). With
     `antialias`, bilinear is what PIL makes of the cropped frame, to within one grey level.
     """
-    clip = F.resized_crop(
-        clip,
-        top=view.top,
-        left=view.left,
-        height=view.height,
-        width=view.width,
-        size=[size, size],
-        interpolation=InterpolationMode(interpolation),
-        antialias=antialias,
-    )  # T C S S
+    clip = F.crop(clip, view.top, view.left, view.height, view.width)
+    clip = resize(clip, size, size, interpolation=interpolation, antialias=antialias)  # T C S S
     return F.horizontal_flip(clip) if view.flip else clip
+
+
+def resize(
+    clip: Tensor, height: int, width: int, *, interpolation: str = "bilinear", antialias: bool = True
+) -> Tensor:
+    """uint8 (T,C,H,W) -> uint8 (T,C,height,width); see `apply_view`.
+
+    Without `antialias` the exact value is rounded. torch's own uint8 kernel is off by up to a whole level
+    there. It goes frame by frame: a clip of large frames would take gigabytes in float32.
+    """
+    size, interpolation = [height, width], InterpolationMode(interpolation)
+    if antialias or list(clip.shape[-2:]) == size:
+        return F.resize(clip, size, interpolation, antialias=antialias)
+    frames = (F.resize(frame.float(), size, interpolation, antialias=False) for frame in clip)
+    return torch.stack([frame.round_().clamp_(0, 255).to(torch.uint8) for frame in frames])
 
 
 class RandomView:
     """A random crop of a clip, resized to `size` pixels square: `draw` is what the subclasses differ in.
 
     flip: probability of mirroring; 0 where left and right mean something, as in Something-Something.
+    interpolation, antialias: as `apply_view` takes them.
     """
 
-    def __init__(self, *, size: int, flip: float, interpolation: str = "bilinear"):
+    def __init__(self, *, size: int, flip: float, interpolation: str = "bilinear", antialias: bool = True):
         self.size = size
         self.flip = flip
         self.interpolation = interpolation
+        self.antialias = antialias
 
     def draw(self, width: int, height: int, rng: np.random.Generator) -> View:
         """The view for one clip of `width` x `height` pixels."""
@@ -84,7 +94,7 @@ class RandomView:
         """uint8 (T,C,H,W) -> uint8 (T,C,size,size); the same view of every frame."""
         height, width = clip.shape[-2:]
         view = self.draw(width, height, rng)
-        return apply_view(clip, view, self.size, interpolation=self.interpolation)
+        return apply_view(clip, view, self.size, interpolation=self.interpolation, antialias=self.antialias)
 
 
 class MultiScaleCrop(RandomView):
@@ -130,6 +140,7 @@ def multi_scale_offsets(width: int, height: int, w: int, h: int) -> list[tuple[i
 class RandomResizedCrop(RandomView):
     """Random area, aspect and place, and a mirror image half the time, as MAE-ST pre-trains.
 
+    With a scale of 0.08 to 1 and no antialias it is the crop of fine-tuning.
     scale: range of the area as a fraction of the frame, uniform. ratio: range of width/height, log-uniform.
     """
 
@@ -141,8 +152,9 @@ class RandomResizedCrop(RandomView):
         ratio: tuple[float, float] = (0.75, 1.3333),
         flip: float = 0.5,
         interpolation: str = "bilinear",
+        antialias: bool = True,
     ):
-        super().__init__(size=size, flip=flip, interpolation=interpolation)
+        super().__init__(size=size, flip=flip, interpolation=interpolation, antialias=antialias)
         self.scale = scale
         self.ratio = ratio
 
@@ -165,6 +177,48 @@ class RandomResizedCrop(RandomView):
         w = max(1, min(width, round(height * aspect)))
         h = max(1, min(height, round(width / aspect)))
         return (width - w) // 2, (height - h) // 2, w, h
+
+
+class EvenCrops:
+    """The crops of a test: short side resized, then squares evenly spaced along the long side.
+
+    short_side: pixels of the frame's short side after the resize, which is OpenCV's bilinear one to within a
+    grey level. size: of the crops, at most short_side (the published code takes short_side for both).
+    num_crops: 1 is the centre, also of the published validation.
+    round_up: MAE-ST rounds the places of the crops up, AdaMAE and VideoMAE down.
+    Raises ValueError for a short side below the size of the crops.
+    """
+
+    def __init__(self, *, short_side: int, size: int, num_crops: int = 1, round_up: bool = False):
+        if short_side < size:
+            raise ValueError(f"--short_side_size {short_side} is less than --input_size {size}")
+        self.short_side = short_side
+        self.size = size
+        self.num_crops = num_crops
+        self.round_up = round_up
+
+    def resized_shape(self, height: int, width: int) -> tuple[int, int]:
+        """(H,W) of a frame after the resize; the long side is rounded down."""
+        short = min(height, width)
+        return self.short_side * height // short, self.short_side * width // short
+
+    def corners(self, height: int, width: int) -> list[tuple[int, int]]:
+        """(top,left) of each crop of a resized frame, along its long side."""
+        rooms = (height - self.size, width - self.size)
+        middle = [math.ceil(room / 2) if self.round_up else round(room / 2) for room in rooms]
+        if self.num_crops == 1:
+            return [tuple(middle)]
+        long = int(width > height)
+        gaps = self.num_crops - 1
+        steps = [k * rooms[long] for k in range(self.num_crops)]
+        places = [-(-step // gaps) if self.round_up else step // gaps for step in steps]
+        return [(middle[0], place) if long else (place, middle[1]) for place in places]
+
+    def __call__(self, clip: Tensor) -> Tensor:
+        """uint8 (T,C,H,W) -> uint8 (num_crops,T,C,size,size)."""
+        clip = resize(clip, *self.resized_shape(*clip.shape[-2:]), antialias=False)
+        corners = self.corners(*clip.shape[-2:])
+        return torch.stack([clip[..., y : y + self.size, x : x + self.size] for y, x in corners])
 
 
 class ColorJitter:

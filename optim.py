@@ -1,16 +1,53 @@
 """Everything between the loss and the next forward pass.
 
-Parameter groups, schedule, precision, gradient accumulation, clipping and the distributed wrapper, behind
-three verbs: `engine(x)`, `engine.backward(loss)`, `engine.step()`.
+Parameter groups, schedules, precision, gradient accumulation, clipping, the moving average of the weights and
+the distributed wrapper, behind three verbs: `engine(x)`, `engine.backward(loss)`, `engine.step()`.
 """
 
 import math
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import Lars, create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, layer_decay: float | None = None
+) -> list[dict]:
+    """The trained parameters, one group per layer and per weight decay or none; frozen ones are left out.
+
+    Not decayed are one-dimensional parameters, biases, and the names in the model's `no_weight_decay()`. With
+    layer-wise decay (BEiT, appendix), `lr_scale` of a group is layer_decay^(last layer - its layer), with the
+    layers of the model's `layer_ids()`; otherwise, and for layer_decay 1, it is 1.
+
+    Returns:
+        Dicts with `params`, `weight_decay` and `lr_scale`, in the order of their first parameters.
+
+    Raises:
+        ValueError: `layer_decay` is not positive, or every parameter is frozen.
+    """
+    if layer_decay is not None and layer_decay <= 0:
+        raise ValueError(f"--layer_decay {layer_decay} must be positive; 1 gives all layers the same rate")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("there is nothing to optimise: every parameter of the model is frozen")
+    skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    by_layer = layer_decay is not None and layer_decay < 1
+    layers = model.layer_ids() if by_layer else dict.fromkeys(trained, 0)
+    last = max(layers.values())
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, p in trained.items():
+        decays = p.ndim > 1 and not name.endswith(".bias") and name not in skip
+        new = {
+            "params": [],
+            "weight_decay": weight_decay if decays else 0.0,
+            "lr_scale": layer_decay ** (last - layers[name]) if by_layer else 1.0,
+        }
+        groups.setdefault((layers[name], decays), new)["params"].append(p)
+    return list(groups.values())
 
 
 def create_optimizer(
@@ -19,27 +56,45 @@ def create_optimizer(
     opt: str = "adamw",
     lr: float,
     weight_decay: float,
+    layer_decay: float | None = None,
     eps: float | None = 1e-8,
-    betas: tuple[float, float] | None = None,
+    betas: tuple[float, ...] | None = None,
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """Any optimiser that timm knows by name, in two groups: with and without weight decay.
+    """Any optimiser that timm knows by name, over the model's `parameter_groups`.
 
-    Not decayed are one-dimensional parameters, biases, and the names in the model's `no_weight_decay()`.
-    AdamW runs fused: one kernel for all parameters, and no host synchronisation in mixed precision.
+    AdamW runs fused: one kernel for all parameters, and no host synchronisation in mixed precision. LARS
+    adapts the rate of every matrix and of no bias, also without weight decay, as in MAE's linear probing
+    (timm's own default leaves the adaptation out where there is no decay).
+
+    Args:
+        eps, momentum: used by the optimisers that have them.
+        betas: None is the optimiser's own.
 
     Raises:
-        ValueError: timm knows no optimiser of that name.
+        ValueError: timm knows no optimiser of that name, it takes other betas, or `parameter_groups` raises.
     """
-    if opt.lower() not in list_optimizers():
+    opt = opt.lower()
+    if opt not in list_optimizers():
         raise ValueError(f"--opt {opt}: timm has no such optimiser; try adamw, sgd, lamb, lars or lion")
+    info = get_optimizer_info(opt)
     settings: dict = {"eps": eps} if eps is not None else {}
     if betas is not None:
+        expected = info.num_betas if info.has_betas else 0
+        if len(betas) != expected:
+            given = " ".join(map(str, betas))
+            raise ValueError(
+                f"--opt_betas {given}: {opt} takes {expected or 'no'} betas; change or drop them"
+            )
         settings["betas"] = tuple(betas)
-    if opt.lower() in ("adam", "adamw"):
+    if opt in ("adam", "adamw"):
         settings["fused"] = True
+    groups = parameter_groups(model, weight_decay=weight_decay, layer_decay=layer_decay)
+    if info.opt_class is Lars:
+        for group in groups:
+            group["always_adapt"] = all(p.ndim > 1 for p in group["params"])
     return create_optimizer_v2(
-        model, opt=opt, lr=lr, weight_decay=weight_decay, momentum=momentum, **settings
+        groups, opt=opt, lr=lr, weight_decay=weight_decay, momentum=momentum, **settings
     )
 
 
@@ -52,8 +107,23 @@ def cosine_schedule(
     """
     if step < warmup_steps:
         return start + (peak - start) * step / max(1, warmup_steps - 1)
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * progress))
+    return _half_cosine(peak, final, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+
+
+def cosine_schedule_by_epoch(
+    epoch: float, *, peak: float, final: float, epochs: float, warmup_epochs: float = 0.0
+) -> float:
+    """MAE-ST's value at a moment in epochs, 2.5 being the middle of the third; otherwise `cosine_schedule`.
+
+    The warm-up starts from 0 and would reach `peak` at epoch `warmup_epochs`, where the cosine begins.
+    """
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    return _half_cosine(peak, final, (epoch - warmup_epochs) / max(1e-9, epochs - warmup_epochs))
+
+
+def _half_cosine(first: float, last: float, progress: float) -> float:
+    return last + 0.5 * (first - last) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
@@ -79,6 +149,10 @@ class Engine:
         clip_grad: largest norm of the gradient, or None.
         watch: parameters whose gradient norm is told apart from that of the rest, by name.
         compile_model: run the forward pass through `torch.compile`.
+        ema_decay: keep a moving average of weights and buffers with this decay per step, or None.
+        ema_force_cpu: keep it in the host's memory.
+
+    After each step `grad_norms` has the norms before clipping, by the names of `watch` and "rest".
     """
 
     def __init__(
@@ -93,6 +167,8 @@ class Engine:
         clip_grad: float | None = None,
         watch: dict[str, list[nn.Parameter]] | None = None,
         compile_model: bool = False,
+        ema_decay: float | None = None,
+        ema_force_cpu: bool = False,
     ):
         self.module, self.optimizer, self.device = model, optimizer, device
         self.amp, self.update_freq, self.clip_grad = amp, update_freq, clip_grad
@@ -100,6 +176,10 @@ class Engine:
         self.groups_to_watch = _watched(model, watch or {})
         self.grad_norms: dict[str, Tensor] = {}
         self.batches = 0
+        self.ema = None
+        if ema_decay is not None:
+            home = torch.device("cpu") if ema_force_cpu else None
+            self.ema = ModelEmaV3(model, decay=ema_decay, device=home)
         if compile_model:
             model.compile()
         self.forward_model = model
@@ -114,6 +194,19 @@ class Engine:
             self.forward_model.require_backward_grad_sync = self._last_of_step()
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
             return self.forward_model(*inputs)
+
+    @torch.no_grad()
+    def evaluate(self, *inputs: Tensor, ema: bool = False) -> Tensor:
+        """The forward pass in evaluation mode, of the weights or of their moving average.
+
+        It puts that model into evaluation mode. It talks to no other process: ranks may call it unequally
+        often.
+        """
+        model = self.ema.module if ema else self.module
+        home = next(model.parameters()).device
+        model.eval()
+        with torch.autocast(home.type, dtype=self.amp, enabled=self.amp is not None):
+            return model(*(x.to(home) for x in inputs)).to(self.device)
 
     def set_schedule(self, lr: float, weight_decay: float | None = None) -> None:
         """Sets the learning rate (times each group's lr_scale), and the weight decay where there is any."""
@@ -132,8 +225,13 @@ class Engine:
         """Updates the weights after every `update_freq` batches; tells whether it did."""
         is_last = self._last_of_step()
         self.batches += 1
-        if not is_last:
-            return False
+        if is_last:
+            self._update()
+            if self.ema is not None:
+                self.ema.update(self.module)
+        return is_last
+
+    def _update(self) -> None:
         self.scaler.unscale_(self.optimizer)
         self.grad_norms = {
             name: get_total_norm([p.grad for p in params if p.grad is not None])
@@ -145,20 +243,33 @@ class Engine:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return True
 
     def state_dict(self) -> dict:
-        """Weights, optimiser and scaler, under the published checkpoints' keys."""
-        return {
+        """Weights, optimiser, scaler and moving average, under the published checkpoints' keys.
+
+        Every process must call it; what rank 0 gets is complete.
+        """
+        state = {
             "model": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
+        if self.ema is not None:
+            state["model_ema"] = self.ema.module.state_dict()
+        return state
 
     def load_state_dict(self, state: dict) -> None:
+        """Takes over a state, of this engine or another.
+
+        A moving average that the state lacks starts from the state's weights; a scale of the loss that it
+        lacks (made in another precision) starts afresh.
+        """
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state.get("model_ema", state["model"]))
 
 
 def _watched(model: nn.Module, watch: dict[str, list[nn.Parameter]]) -> dict[str, list[nn.Parameter]]:

@@ -11,50 +11,26 @@ from torch.utils.data import DataLoader
 
 import panels
 from augment import COLOUR_STATISTICS, build_pretrain_transform, to_pixels
-from checkpoint import (
-    CheckpointError,
-    check_resumable,
-    newest_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-)
-from datasets import VideoList, build_pretraining_loader, check_readable, read_list
+from checkpoint import CheckpointError, save_checkpoint
 from engine_for_pretraining import Losses, pretrain_one_epoch
+from flags import ON_OFF, build_schedule, check_common, common_parser, resume
+from lists import VideoList, check_readable, read_list
+from loaders import build_pretraining_loader
 from logs import Console, Progress, RunLog
 from masking_generator import ALIASES, RULES, visible_count
 from modeling_finetune import POSITIONS, parse_model_name, token_grid
 from modeling_pretrain import PRETRAIN_MODELS, create_pretrain_model
-from optim import Engine, cosine_schedule, create_optimizer, resolve_amp
+from optim import Engine, create_optimizer, resolve_amp
 from targets import ERRORS
 from utils import World, seed_all, start_world, stop_world
 from video import resolve_decoder
 
 
-def boolean(text: str) -> bool:
-    """A flag's true or false, as people write it."""
-    if text.lower() in ("true", "yes", "on", "1"):
-        return True
-    if text.lower() in ("false", "no", "off", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-
-
 # fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("run_mae_pretraining.py", description=__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    on_off = {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
-
-    add = parser.add_argument_group("run").add_argument
-    add("--batch_size", default=64, type=int, help="videos per process and forward pass")
-    add("--epochs", default=800, type=int, help="the true number of epochs (the published scripts add one)")
-    add("--update_freq", default=1, type=int, help="batches accumulated into one optimiser step")
-    add("--save_ckpt_freq", default=50, type=int, help="epochs between checkpoints; the last is always saved")
-    add("--seed", default=0, type=int, help="with the step and the rank it decides masks and dropout")
-    add("--start_epoch", default=0, type=int, help="first epoch of a run that resumes nothing")
-    add("--resume", default="", help="checkpoint to go on from")
-    add("--auto_resume", default=True, action="store_true", help="go on from the newest one in --output_dir")
-    add("--no_auto_resume", dest="auto_resume", action="store_false", help="start afresh")
+    parser = common_parser("run_mae_pretraining.py", __doc__)
+    parser.set_defaults(epochs=800, save_ckpt_freq=50, lr=1.5e-4, min_lr=1e-5, warmup_epochs=40,
+                        num_sample=1, train_interpolation="bilinear", num_workers=4)
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default="pretrain_videomae_base_patch16_224", help=", ".join(sorted(PRETRAIN_MODELS)))
@@ -77,64 +53,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--softmax_temp", default=1.0, type=float, help="divides its logits (published: flag without effect)")
 
     add = parser.add_argument_group("losses").add_argument
-    add("--normlize_target", "--normalize_target", dest="normalize_target", default=True, **on_off,
+    add("--normlize_target", "--normalize_target", dest="normalize_target", default=True, **ON_OFF,
         help="standardise each token's target by its own pixels")
     add("--loss", default="mse", choices=list(ERRORS), help="reconstruction error of a token")
     add("--sampling_loss", default="log", choices=["log", "linear"],
         help="log: -mean(log p * error), published code; linear: -sum(p * error), paper")
     add("--sampling_loss_weight", default=1e-4, type=float, help="its weight in the total loss")
 
-    add = parser.add_argument_group("optimiser").add_argument
-    add("--opt", default="adamw", help="any name timm knows")
-    add("--opt_eps", default=1e-8, type=float, help="epsilon")
-    add("--opt_betas", default=None, type=float, nargs="+", help="betas (default: the optimiser's)")
-    add("--clip_grad", default=None, type=float, help="largest norm of the gradient (default: no limit)")
-    add("--momentum", default=0.9, type=float, help="of SGD")
-    add("--weight_decay", default=0.05, type=float, help="weight decay")
-    add("--weight_decay_end", default=None, type=float, help="at the end of a cosine (default: the same)")
-    add("--lr", default=1.5e-4, type=float, help="peak learning rate; times total batch / 256")
-    add("--warmup_lr", default=0.0, type=float, help="where the warm-up starts, scaled likewise")
-    add("--min_lr", default=1e-5, type=float, help="where the cosine ends, scaled likewise")
-    add("--warmup_epochs", default=40, type=int, help="epochs of linear warm-up")
-    add("--warmup_steps", default=-1, type=int, help="optimiser steps of warm-up, instead of epochs")
-    add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="mixed precision")
-    add("--compile", action="store_true", help="torch.compile the model")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--data_path", default="", help="list of videos, `path [label]` a line (DATASET.md)")
-    add("--data_root", default=None, help="folder that relative paths start from (default: the list's)")
-    add("--decoder", default="auto", choices=["auto", "torchcodec", "decord", "pyav"], help="video decoder")
-    add("--num_frames", default=16, type=int, help="frames of a clip")
-    add("--sampling_rate", default=4, type=int, help="frames of the video from one frame to the next")
-    add("--num_sample", default=1, type=int, help="clips of one video per decoding")
+    add = parser.add_argument_group("clips and pictures").add_argument
     add("--crop", default="multi_scale", choices=["multi_scale", "random_resized"], help="spatial crop")
-    add("--train_interpolation", default="bilinear", choices=["bilinear", "bicubic"], help="of the crop")
-    add("--color_jitter", default=0.0, type=float, help="brightness, contrast, saturation within 1 +- this")
-    add("--imagenet_default_mean_and_std", default=True, **on_off, help="false: mean and std of 0.5")
-    add("--num_workers", default=4, type=int, help="decoding processes per training process")
-    add("--pin_mem", default=True, action="store_true", help="page-locked batches for CUDA")
-    add("--no_pin_mem", dest="pin_mem", action="store_false", help="pageable batches")
-
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="", help="checkpoints, log.txt and pictures (default: nothing is kept)")
-    add("--log_dir", default=None, help="TensorBoard (default: --output_dir)")
-    add("--log_freq", default=20, type=int, help="optimiser steps between readings")
     add("--vis_freq", default=20, type=int, help="epochs between pictures; 0: none")
-
-    add = parser.add_argument_group("processes").add_argument
-    add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
-    add("--dist_url", default="env://", help="where the processes meet")
-    add("--world_size", default=1, type=int, help="processes that the launcher should have started")
-    add("--local_rank", "--local-rank", default=-1, type=int, help="set by torch.distributed.launch")
-    add("--dist_on_itp", action="store_true", help="read Open MPI's environment variables")
     return parser
 # fmt: on
-
-
-AT_LEAST_ONE = (
-    *("batch_size", "epochs", "update_freq", "save_ckpt_freq", "log_freq"),
-    *("num_frames", "sampling_rate", "num_sample", "decoder_depth", "sampler_depth"),
-)
 
 
 def check_settings(args: argparse.Namespace) -> tuple[dict, VideoList]:
@@ -143,11 +73,7 @@ def check_settings(args: argparse.Namespace) -> tuple[dict, VideoList]:
     Returns the settings of `create_pretrain_model` and the list of videos. Raises ValueError with a message
     that says what to change.
     """
-    for name in AT_LEAST_ONE:
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
-    if args.warmup_steps < 0 and args.warmup_epochs > args.epochs:
-        raise ValueError(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
+    check_common(args, "decoder_depth", "sampler_depth")
     if args.softmax_temp <= 0:
         raise ValueError(f"--softmax_temp {args.softmax_temp} must be positive")
     if not args.data_path:
@@ -155,10 +81,6 @@ def check_settings(args: argparse.Namespace) -> tuple[dict, VideoList]:
     _, patch, img = parse_model_name(args.model, PRETRAIN_MODELS)
     window = token_grid(args.num_frames, args.input_size or img, patch)
     visible_count(args.mask_type, args.mask_ratio, window)
-    try:
-        resolve_decoder(args.decoder)
-    except RuntimeError as error:
-        raise ValueError(f"--decoder {args.decoder}: {error}") from error
     model_settings = {
         "name": args.model,
         "num_frames": args.num_frames,
@@ -179,27 +101,6 @@ def check_settings(args: argparse.Namespace) -> tuple[dict, VideoList]:
         "checkpoint_activations": args.use_checkpoint,
     }
     return model_settings, read_list(args.data_path, args.data_root)
-
-
-def build_schedule(args: argparse.Namespace, total_batch: int, steps_per_epoch: int):
-    """Optimiser step -> (learning rate, weight decay); rates are the flags' times total_batch / 256."""
-    scale = total_batch / 256
-    total_steps = args.epochs * steps_per_epoch
-    warmup_steps = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
-    decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
-
-    def schedule(step: int) -> tuple[float, float]:
-        lr = cosine_schedule(
-            step,
-            start=args.warmup_lr * scale,
-            peak=args.lr * scale,
-            final=args.min_lr * scale,
-            total_steps=total_steps,
-            warmup_steps=warmup_steps,
-        )
-        return lr, cosine_schedule(step, peak=args.weight_decay, final=decay_end, total_steps=total_steps)
-
-    return schedule
 
 
 def build_loader(args: argparse.Namespace, videos: VideoList, size: int, world: World):
@@ -248,22 +149,6 @@ def build_engine(args: argparse.Namespace, model_settings: dict, world: World) -
     )
 
 
-def resume(args: argparse.Namespace, engine: Engine, model_settings: dict, console: Console) -> int:
-    """Loads the checkpoint to go on from, if there is one; returns the first epoch to train."""
-    found = None
-    if args.resume:
-        found = Path(args.resume), read_checkpoint(args.resume)
-    elif args.auto_resume and args.output_dir:
-        found = newest_checkpoint(args.output_dir, console.warn)
-    if found is None:
-        return args.start_epoch
-    path, state = found
-    check_resumable(path, state.get("model_settings", {}), model_settings)
-    engine.load_state_dict(state)
-    console.say(f"resumed {path}: {state['epoch'] + 1} of {args.epochs} epochs are done")
-    return state["epoch"] + 1
-
-
 class Run(NamedTuple):
     """Everything a training run needs, assembled and checked."""
 
@@ -294,7 +179,7 @@ def assemble(args: argparse.Namespace) -> Run:
     is_main = world.rank == 0
     console = Console(total_steps=args.epochs * steps_per_epoch, show=is_main)
     console.say(describe(args, engine, len(videos), world))
-    start_epoch = resume(args, engine, model_settings, console)
+    state = resume(args, engine, model_settings, console)
     return Run(
         args=args,
         model_settings=model_settings,
@@ -309,7 +194,7 @@ def assemble(args: argparse.Namespace) -> Run:
             sampling_weight=args.sampling_loss_weight,
         ),
         schedule=build_schedule(args, total_batch, steps_per_epoch),
-        start_epoch=start_epoch,
+        start_epoch=state["epoch"] + 1 if state else args.start_epoch,
         console=console,
         log=RunLog(output_dir=args.output_dir, log_dir=args.log_dir or args.output_dir, show=is_main),
     )
@@ -352,7 +237,7 @@ def train(run: Run) -> None:
         )
         run.log.epoch({"epoch": epoch, **means})
         is_last = epoch + 1 == args.epochs
-        if is_main and args.output_dir and ((epoch + 1) % args.save_ckpt_freq == 0 or is_last):
+        if args.output_dir and ((epoch + 1) % args.save_ckpt_freq == 0 or is_last):
             save(run, epoch)
         if is_main and args.vis_freq and ((epoch + 1) % args.vis_freq == 0 or is_last):
             draw(run, epoch, normalization)
@@ -362,10 +247,10 @@ def train(run: Run) -> None:
 
 def save(run: Run, epoch: int) -> None:
     """checkpoint-<epoch>.pth: the published keys, the flags, and the settings that rebuild the model."""
-    state = {**run.engine.state_dict(), "epoch": epoch, "args": vars(run.args)}
-    save_checkpoint(
-        Path(run.args.output_dir) / f"checkpoint-{epoch}.pth", {**state, "model_settings": run.model_settings}
-    )
+    state = run.engine.state_dict()  # every rank, since DeepSpeed gathers it
+    if run.world.rank == 0:
+        state |= {"epoch": epoch, "args": vars(run.args), "model_settings": run.model_settings}
+        save_checkpoint(Path(run.args.output_dir) / f"checkpoint-{epoch}.pth", state)
 
 
 def draw(run: Run, epoch: int, normalization: tuple) -> None:

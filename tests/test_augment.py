@@ -11,12 +11,18 @@ from PIL import Image
 import augment
 from augment import View
 
-MULTI_SCALE = golden.table("spatial_view_tables").get("multi_scale_crop", [])
+SPATIAL = golden.table("spatial_view_tables")
+MULTI_SCALE = SPATIAL.get("multi_scale_crop", [])
 
 
 def random_clip(frames=4, height=36, width=48, seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (frames, 3, height, width), dtype=torch.uint8, generator=g)
+
+
+def levels_apart(a, b):
+    """How far normalised pixels (C,T,H,W) are apart, in grey levels."""
+    return (a - b).abs() * 255 * torch.tensor(augment.IMAGENET_STD).view(3, 1, 1, 1)
 
 
 def inside(view, width, height):
@@ -78,9 +84,7 @@ def test_crop_and_resize_give_the_published_pixels():
     view = View(left=5, top=4, width=27, height=31)
     clip = augment.apply_view(clip, view, 24).transpose(0, 1)  # C T H W
     got = augment.normalize(augment.to_pixels(clip[None]))[0]
-    expected = data["out.pretrain_crop_w27_h31_x5_y4_to_24_CTHW"]
-    level = 1 / 255 / torch.tensor(augment.IMAGENET_STD).view(3, 1, 1, 1)
-    assert ((got - expected).abs() / level).max() < 1.001
+    assert levels_apart(got, data["out.pretrain_crop_w27_h31_x5_y4_to_24_CTHW"]).max() < 1.001
 
 
 @pytest.mark.parametrize("view", [View(0, 0, 48, 36), View(3, 2, 40, 30, flip=True), View(9, 9, 12, 10)])
@@ -117,6 +121,24 @@ def test_one_view_for_all_frames_of_a_clip(crop):
     assert len({m.numpy().tobytes() for m in moved}) > 4  # but another one for the next clip
 
 
+@needs_golden
+def test_fine_tuning_crop_is_the_published_one_to_half_a_level():
+    data = golden.tensors("transforms")
+    clip = data["in.frames_uint8_THWC"].permute(0, 3, 1, 2)
+    clip = augment.apply_view(clip, View(left=7, top=3, width=31, height=20), 24, antialias=False)
+    got = augment.normalize(augment.to_pixels(clip.transpose(0, 1)[None]))[0]
+    assert levels_apart(got, data["out.finetune_rrc_i3_j7_h20_w31_to_24_CTHW"]).max() < 0.5001
+
+
+def test_resize_without_antialias_is_the_exact_value_rounded():
+    clip = random_clip(3, 50, 70)
+    exact = torch.nn.functional.interpolate(clip.double(), size=(33, 90), mode="bilinear")
+    got = augment.resize(clip, 33, 90, antialias=False)
+    assert got.dtype == torch.uint8 and (got - exact).abs().max() < 0.5001
+    sharp = augment.resize(random_clip(2) // 255 * 255, 60, 60, interpolation="bicubic", antialias=False)
+    assert sharp.max() == 255 and sharp.min() == 0  # overshoots are clipped, not wrapped around
+
+
 # --- random resized crop ------------------------------------------------------------------------------------
 
 
@@ -149,6 +171,70 @@ def test_the_generator_alone_decides():
         transform = augment.build_pretrain_transform(crop, size=16)
         first, second = (transform.draw(320, 240, np.random.default_rng(5)) for _ in range(2))
         assert first == second
+
+
+# --- crops of validation and test ---------------------------------------------------------------------------
+
+
+def view_name(row):
+    return "{}x{}-short-{}-crops-{}".format(*row["video_hw"], row["short_side"], row["num_crops"])
+
+
+@needs_golden
+@pytest.mark.parametrize("row", SPATIAL.get("test_spatial_views", []), ids=view_name)
+def test_crops_of_a_test_are_the_published_ones(row):
+    size = row["short_side"]
+    crops = augment.EvenCrops(short_side=size, size=size, num_crops=row["num_crops"])
+    shape = crops.resized_shape(*row["video_hw"])
+    assert list(shape) == row["resized_hw"]
+    on_height = row["cropped_axis"] == "height"
+    assert crops.corners(*shape) == [(s, 0) if on_height else (0, s) for s in row["starts"]]
+    centre = augment.EvenCrops(short_side=size, size=size)
+    assert [list(c) for c in centre.corners(*shape)] == [row["val_center_crop_top_left"]]
+
+
+@needs_golden
+@pytest.mark.parametrize("row", SPATIAL.get("mae_st_uniform_crop", []), ids=lambda row: str(row["hw"]))
+def test_crops_of_a_test_of_mae_st(row):
+    size = row["size"]
+    crops = augment.EvenCrops(short_side=min(row["hw"]), size=size, num_crops=3, round_up=True)
+    assert [list(c) for c in crops.corners(*row["hw"])] == row["top_left"]
+
+
+@needs_golden
+def test_validation_pixels_are_the_published_ones_to_a_level():
+    data = golden.tensors("transforms")
+    clip = data["in.frames_uint8_THWC"].permute(0, 3, 1, 2)
+    (clip,) = augment.EvenCrops(short_side=24, size=24)(clip)
+    got = augment.normalize(augment.to_pixels(clip.transpose(0, 1)[None]))[0]
+    apart = levels_apart(got, data["out.val_resize24_center24_CTHW"])
+    # OpenCV computes with 11 bits of fraction: here and there it rounds to the neighbouring level
+    assert apart.max() < 1.001 and (apart > 0.001).float().mean() < 0.1
+
+
+@pytest.mark.parametrize("height, width", [(36, 48), (48, 36), (40, 40), (10, 90)])
+@pytest.mark.parametrize("num_crops", [1, 2, 3, 5])
+def test_crops_are_cut_evenly_from_one_end_to_the_other(height, width, num_crops):
+    crops = augment.EvenCrops(short_side=24, size=20, num_crops=num_crops)
+    clip = random_clip(3, height, width)
+    got = crops(clip)
+    assert got.shape == (num_crops, 3, 3, 20, 20) and got.dtype == torch.uint8
+    whole = augment.resize(clip, *crops.resized_shape(height, width), antialias=False)
+    assert min(whole.shape[-2:]) == 24
+    corners = crops.corners(*whole.shape[-2:])
+    assert all(torch.equal(g, whole[..., y : y + 20, x : x + 20]) for g, (y, x) in zip(got, corners))
+    along, across = (0, 1) if height >= width else (1, 0)
+    assert {c[across] for c in corners} == {2}  # the middle of the short side
+    room = max(whole.shape[-2:]) - 20
+    ends = [0, room] if num_crops > 1 else [room // 2] * 2
+    places = [c[along] for c in corners]
+    assert [places[0], places[-1]] == ends
+    assert max(np.diff(places), default=0) - min(np.diff(places), default=0) <= 1
+
+
+def test_a_short_side_below_the_size_of_the_crops_is_an_error():
+    with pytest.raises(ValueError, match=r"--short_side_size 192.*--input_size 224"):
+        augment.EvenCrops(short_side=192, size=224)
 
 
 # --- building by name ---------------------------------------------------------------------------------------

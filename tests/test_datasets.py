@@ -7,16 +7,9 @@ from videos import read_numbers, write_video
 
 import datasets
 from augment import build_pretrain_transform
-from datasets import (
-    EpochSampler,
-    ListError,
-    NoReadableVideoError,
-    PretrainDataset,
-    build_pretraining_loader,
-    check_readable,
-    parse_line,
-    read_list,
-)
+from datasets import NoReadableVideoError, PretrainDataset
+from lists import ListError, check_readable, parse_line, read_list
+from loaders import EpochSampler, build_pretraining_loader
 from video import DECODERS, resolve_decoder
 
 FRAMES, RATE = 4, 3  # a clip spans 12 of the 30 frames

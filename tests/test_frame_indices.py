@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from golden import needs_golden, table
 
-import video
+import frame_indices
 
 TABLES = table("frame_index_tables")
 
@@ -45,9 +45,9 @@ def test_pretraining_clip(row):
     size = numbers(row, "num_frames", "clip_len", "stride")
     starts = row.get("indices_for_start", {"0": row.get("indices")})
     for start, expected in starts.items():
-        assert video.pretrain_indices(int(start), *size).tolist() == expected
+        assert frame_indices.pretrain_indices(int(start), *size).tolist() == expected
     rng = Recorder("high")
-    clip = video.pretrain_clip(*size, rng)
+    clip = frame_indices.pretrain_clip(*size, rng)
     assert rng.range == row.get("start_range", [0, 0])
     assert clip.tolist() == list(starts.values())[-1]
 
@@ -57,19 +57,21 @@ def test_pretraining_clip(row):
 def test_dense_clip(row):
     size = numbers(row, "num_frames", "clip_len", "sampling_rate")
     window, rng = size[1] * size[2], Recorder("high")
-    clip = video.dense_clip(*size, rng)
+    clip = frame_indices.dense_clip(*size, rng)
     if not row["random"]:
         assert clip.tolist() == row["indices"] and rng.range == [0, 0]
         return
     assert rng.range == [row["end_low"] - window, row["end_high_exclusive"] - 1 - window]
     for end, expected in row["indices_for_end"].items():
-        assert video.dense_indices(int(end) - window, *size).tolist() == expected
+        assert frame_indices.dense_indices(int(end) - window, *size).tolist() == expected
 
 
 @needs_golden
 @rows("k400_test_views")
 def test_dense_views(row):
-    views = video.dense_views(*numbers(row, "num_frames", "clip_len", "sampling_rate", "test_num_segment"))
+    views = frame_indices.dense_views(
+        *numbers(row, "num_frames", "clip_len", "sampling_rate", "test_num_segment")
+    )
     assert views.tolist() == row["views"]
 
 
@@ -78,7 +80,7 @@ def test_dense_views(row):
 def test_segment_clip(row):
     size = numbers(row, "num_frames", "num_segments")
     for end in ("low", "high"):
-        clip = video.segment_clip(*size, Recorder(end), reference=True)
+        clip = frame_indices.segment_clip(*size, Recorder(end), reference=True)
         assert clip.tolist() == row["min" if end == "low" else "max"]
 
 
@@ -86,39 +88,39 @@ def test_segment_clip(row):
 @rows("ssv2_test_views")
 def test_segment_views(row):
     size = numbers(row, "num_frames", "num_segments", "test_num_segment")
-    assert [view.tolist() for view in video.segment_views(*size, reference=True)] == row["views"]
+    assert [view.tolist() for view in frame_indices.segment_views(*size, reference=True)] == row["views"]
     if row["test_num_segment"] == 2:  # the number of views that the published rule is made for
-        assert video.segment_views(*size).tolist() == row["views"]
+        assert frame_indices.segment_views(*size).tolist() == row["views"]
 
 
 @needs_golden
 @rows("mae_st_temporal")
 def test_mae_st(row):
     size = numbers(row, "video_frames", "num_frames", "sampling_rate", "fps")
-    span = video.mae_st_span(*size[1:])
+    span = frame_indices.mae_st_span(*size[1:])
     assert span == row["clip_span"]
-    assert video.mae_st_views(*size).tolist() == row["test_views_10"]
-    assert video.mae_st_indices(0, *size[:2], span).tolist() == row["indices_if_start_0"]
+    assert frame_indices.mae_st_views(*size).tolist() == row["test_views_10"]
+    assert frame_indices.mae_st_indices(0, *size[:2], span).tolist() == row["indices_if_start_0"]
     rng = Recorder("low")
-    assert video.mae_st_clip(*size, rng).tolist() == row["indices_if_start_0"]
+    assert frame_indices.mae_st_clip(*size, rng).tolist() == row["indices_if_start_0"]
     assert rng.range == row["start_range_random"]
-    centre = video.mae_st_indices(row["single_centre_start"], *size[:2], span)
-    assert video.mae_st_clip(*size).tolist() == centre.tolist()
+    centre = frame_indices.mae_st_indices(row["single_centre_start"], *size[:2], span)
+    assert frame_indices.mae_st_clip(*size).tolist() == centre.tolist()
 
 
 # ----------------------------------------------------------------------------------- true of every rule
 
 RULES = {
-    "pretrain": lambda frames, rng: video.pretrain_clip(frames, 16, 4, rng),
-    "dense": lambda frames, rng: video.dense_clip(frames, 16, 4, rng),
-    "dense, every frame": lambda frames, rng: video.dense_clip(frames, 8, 1, rng),
-    "segments": lambda frames, rng: video.segment_clip(frames, 16, rng),
-    "MAE-ST": lambda frames, rng: video.mae_st_clip(frames, 16, 4, 24.0, rng),
+    "pretrain": lambda frames, rng: frame_indices.pretrain_clip(frames, 16, 4, rng),
+    "dense": lambda frames, rng: frame_indices.dense_clip(frames, 16, 4, rng),
+    "dense, every frame": lambda frames, rng: frame_indices.dense_clip(frames, 8, 1, rng),
+    "segments": lambda frames, rng: frame_indices.segment_clip(frames, 16, rng),
+    "MAE-ST": lambda frames, rng: frame_indices.mae_st_clip(frames, 16, 4, 24.0, rng),
 }
 VIEWS = {
-    "dense": lambda frames, views: video.dense_views(frames, 16, 4, views),
-    "segments": lambda frames, views: video.segment_views(frames, 16, views),
-    "MAE-ST": lambda frames, views: video.mae_st_views(frames, 16, 4, 24.0, views),
+    "dense": lambda frames, views: frame_indices.dense_views(frames, 16, 4, views),
+    "segments": lambda frames, views: frame_indices.segment_views(frames, 16, views),
+    "MAE-ST": lambda frames, views: frame_indices.mae_st_views(frames, 16, 4, 24.0, views),
 }
 LENGTHS = [1, 2, 3, 7, 15, 16, 17, 40, 63, 64, 65, 66, 250, 300]
 
@@ -166,12 +168,12 @@ def test_one_view_is_the_middle_one(rule):
 @pytest.mark.parametrize("num_frames", range(1, 16))
 def test_a_video_shorter_than_the_segments_keeps_its_motion(num_frames):
     for rng in (None, np.random.default_rng(0)):
-        clip = video.segment_clip(num_frames, 16, rng)
+        clip = frame_indices.segment_clip(num_frames, 16, rng)
         assert set(clip) == set(range(num_frames))  # every frame is there
-    assert set(video.segment_clip(num_frames, 16, rng, reference=True)) == {0}
+    assert set(frame_indices.segment_clip(num_frames, 16, rng, reference=True)) == {0}
 
 
 def test_segment_views_of_any_number_are_equally_long_and_interleaved():
-    views = video.segment_views(96, 16, 3)
+    views = frame_indices.segment_views(96, 16, 3)
     assert views.T.ravel().tolist() == list(range(0, 96, 2))
-    assert video.segment_views(96, 16, 1).tolist() == [list(range(3, 96, 6))]
+    assert frame_indices.segment_views(96, 16, 1).tolist() == [list(range(3, 96, 6))]

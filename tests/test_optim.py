@@ -1,16 +1,27 @@
 """Schedules and parameter groups against the published tables; the engine's steps against plain PyTorch."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from golden import arrays, needs_golden, table
 from torch import nn
 
-from modeling_finetune import Size
+from modeling_finetune import MAE_ST, Size, VisionTransformer
 from modeling_pretrain import PretrainVisionTransformer
-from optim import Engine, cosine_schedule, create_optimizer
+from optim import Engine, cosine_schedule, cosine_schedule_by_epoch, create_optimizer, parameter_groups
+from probes import make_probe
 
-SCHEDULES = table("optim_tables").get("schedules", {})
+TABLES = table("optim_tables")
+SCHEDULES = TABLES.get("schedules", {})
+GROUPS = TABLES.get("param_groups", {})
+LAYER_DECAYS = {
+    f"{key.removeprefix('layer_decay_values_')} {name}": values
+    for key, tables in TABLES.items()
+    if key.startswith("layer_decay_values_")
+    for name, values in tables.items()
+}
 
 
 @needs_golden
@@ -31,9 +42,32 @@ def test_schedules_equal_the_published_tables(name):
     np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
 
 
-def test_the_schedule_never_runs_out():
+@needs_golden
+@pytest.mark.parametrize("name", [n for n, s in SCHEDULES.items() if "lr" in s])
+def test_schedules_by_epoch_equal_the_published_tables(name):
+    s = SCHEDULES[name]
+    ours = [
+        cosine_schedule_by_epoch(
+            step / s["steps_per_epoch"],
+            peak=s["lr"],
+            final=s["min_lr"],
+            epochs=s["epochs"],
+            warmup_epochs=s["warmup_epochs"],
+        )
+        for step in range(s["epochs"] * s["steps_per_epoch"])
+    ]
+    np.testing.assert_allclose(ours, arrays("schedules")[name], rtol=1e-12, atol=1e-15)
+
+
+def test_the_schedules_never_run_out():
     value = cosine_schedule(10_000, peak=1.0, final=0.1, total_steps=100, warmup_steps=10)
     assert value == pytest.approx(0.1)
+    assert cosine_schedule_by_epoch(31.0, peak=1.0, final=0.1, epochs=30) == pytest.approx(0.1)
+
+
+@needs_golden
+def test_every_published_schedule_is_compared():
+    assert set(arrays("schedules")) == set(SCHEDULES)
 
 
 def tiny_adamae(depth: int = 2, **settings) -> PretrainVisionTransformer:
@@ -42,18 +76,147 @@ def tiny_adamae(depth: int = 2, **settings) -> PretrainVisionTransformer:
     return PretrainVisionTransformer(size=size, patch=4, window=(4, 4, 4), mask_ratio=0.8, **settings)
 
 
+def tiny_classifier(depth: int = 2, **settings) -> VisionTransformer:
+    torch.manual_seed(0)
+    size = Size(dim=32, depth=depth, heads=4, decoder_dim=0, decoder_heads=0)
+    return VisionTransformer(size=size, patch=4, window=(2, 2, 2), num_classes=3, **settings)
+
+
+def stub(golden: list[dict]) -> nn.Module:
+    """A module with the parameters that a published table names, of the right number of dimensions."""
+    model = nn.Module()
+    for name in (n for group in golden for n in group["params"]):
+        *path, leaf = name.split(".")
+        parent = model
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        one_dimensional = leaf == "bias" or (path and "norm" in path[-1])
+        parent.register_parameter(leaf, nn.Parameter(torch.zeros([2] if one_dimensional else [1, 2, 2])))
+    return model
+
+
+def depth_of(golden: list[dict], blocks: str) -> int:
+    names = [n.removeprefix(blocks) for g in golden for n in g["params"] if n.startswith(blocks)]
+    return 1 + max(int(n.split(".")[0]) for n in names)
+
+
+def published_case(name: str) -> tuple[list[dict], nn.Module]:
+    """A published table of groups, and our model of that size."""
+    golden = GROUPS[name]
+    if name.startswith("mae_st_pretrain"):
+        golden = golden["bias_wd=False"]
+        return golden, stub(golden)
+    if "pretrain" in name:
+        depths = (depth_of(golden, part) for part in ("encoder.blocks.", "decoder.blocks."))
+        return golden, tiny_adamae(next(depths), decoder_depth=next(depths))
+    settings = MAE_ST if name.startswith("mae_st") else {}
+    return golden, tiny_classifier(depth_of(golden, "blocks."), **settings)
+
+
 @needs_golden
-def test_parameter_groups_equal_the_published_ones():
-    golden = table("optim_tables")["param_groups"]["adamae_pretrain"]
-    depth = 1 + max(int(n.split(".")[2]) for g in golden for n in g["params"] if "encoder.blocks." in n)
-    decoder = 1 + max(int(n.split(".")[2]) for g in golden for n in g["params"] if "decoder.blocks." in n)
-    model = tiny_adamae(depth, decoder_depth=decoder)
-    optimizer = create_optimizer(model, lr=1.0, weight_decay=0.05)
+@pytest.mark.parametrize("name", GROUPS)
+def test_parameter_groups_equal_the_published_ones(name):
+    golden, model = published_case(name)
+    scales = sorted({g.get("lr_scale", 1.0) for g in golden})
+    optimizer = create_optimizer(
+        model,
+        lr=1.0,
+        weight_decay=max(g["weight_decay"] for g in golden),
+        layer_decay=scales[-2] if len(scales) > 1 else None,
+    )
     names = {id(p): n for n, p in model.named_parameters()}
     ours = {
-        g["weight_decay"]: {names[id(p)] for p in g["params"]} for g in optimizer.param_groups
-    }  # one group per weight decay
-    assert ours == {g["weight_decay"]: set(g["params"]) for g in golden}
+        (g["weight_decay"], g["lr_scale"]): {names[id(p)] for p in g["params"]}
+        for g in optimizer.param_groups
+    }
+    assert len(ours) == len(optimizer.param_groups)
+    assert ours == {(g["weight_decay"], g.get("lr_scale", 1.0)): set(g["params"]) for g in golden}
+
+
+@needs_golden
+@pytest.mark.parametrize("name", LAYER_DECAYS)
+def test_layer_decay_equals_the_published_tables(name):
+    values = LAYER_DECAYS[name]
+    depth, decay = len(values) - 2, values[-2]
+    assert f"L{depth}_decay{decay}" in name
+    model = tiny_classifier(depth, **(MAE_ST if name.startswith("mae_st") else {}))
+    groups = parameter_groups(model, weight_decay=0.1, layer_decay=decay)
+    scales = sorted({g["lr_scale"] for g in groups})
+    assert scales == pytest.approx(values, rel=1e-15, abs=0)
+
+
+def test_layer_decay_of_one_is_none():
+    model = tiny_classifier()
+    scales = {g["lr_scale"] for g in parameter_groups(model, weight_decay=0.1, layer_decay=1.0)}
+    assert scales == {1.0}
+    with pytest.raises(ValueError, match="--layer_decay -1"):
+        parameter_groups(model, weight_decay=0.1, layer_decay=-1)
+
+
+def test_frozen_parameters_are_left_out():
+    probe = make_probe(tiny_classifier(), kind="linear", batch_norm=True)
+    for layer_decay in (None, 0.75):
+        groups = parameter_groups(probe, weight_decay=0.1, layer_decay=layer_decay)
+        trained = [p for g in groups for p in g["params"]]
+        assert {id(p) for p in trained} == {id(p) for p in probe.head.parameters()}
+        assert {g["lr_scale"] for g in groups} == {1.0}
+    with pytest.raises(ValueError, match="every parameter of the model is frozen"):
+        create_optimizer(probe.requires_grad_(False), lr=1.0, weight_decay=0.0)
+
+
+def test_lars_adapts_matrices_and_not_biases_without_weight_decay():
+    layer = nn.Linear(4, 3)
+    nn.init.ones_(layer.bias)
+    before = copy.deepcopy(layer)
+    engine = Engine(
+        layer,
+        create_optimizer(layer, opt="lars", lr=0.5, weight_decay=0.0),
+        device=torch.device("cpu"),
+    )
+    x = torch.randn(8, 4)
+    before(x).square().sum().backward()
+    engine.backward(engine(x).square().sum())
+    engine.step()
+    w, g = before.weight, before.weight.grad
+    torch.testing.assert_close(w - layer.weight, 0.5 * 0.001 * w.norm() / g.norm() * g)
+    torch.testing.assert_close(before.bias - layer.bias, 0.5 * before.bias.grad)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "momentum", "lars", "lamb", "adamw", "lion", "nadamw"])
+def test_optimisers_of_timm_learn(opt):
+    model, x, y = problem()
+    optimizer = create_optimizer(model, opt=opt, lr=0.3 if opt == "lars" else 0.01, weight_decay=1e-4)
+    engine = Engine(model, optimizer, device=torch.device("cpu"))
+    losses = []
+    for _ in range(20):
+        loss = (engine(x) - y).square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"opt": "sgd", "betas": (0.9, 0.95)}, "sgd takes no betas"),
+        ({"opt": "adamw", "betas": (0.9,)}, "adamw takes 2 betas"),
+        ({"opt": "adamm"}, "--opt adamm: timm has no such optimiser"),
+    ],
+)
+def test_a_wrong_optimiser_setting_says_what_to_change(settings, message):
+    with pytest.raises(ValueError, match=message):
+        create_optimizer(nn.Linear(2, 2), lr=0.1, weight_decay=0.0, **settings)
+
+
+def test_settings_reach_the_optimiser():
+    layer = nn.Linear(2, 2)
+    adamw = create_optimizer(layer, lr=0.1, weight_decay=0.2, betas=(0.8, 0.7), eps=1e-3)
+    assert {(g["betas"], g["eps"], g["lr"]) for g in adamw.param_groups} == {((0.8, 0.7), 1e-3, 0.1)}
+    sgd = create_optimizer(layer, opt="sgd", lr=0.1, weight_decay=0.2, momentum=0.6)
+    assert {g["momentum"] for g in sgd.param_groups} == {0.6}
 
 
 def problem():
@@ -109,3 +272,56 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights():
     engine = engine_of(model, amp=torch.bfloat16)
     assert engine(x).dtype == torch.bfloat16
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def train(engine: Engine, x, y, steps: int) -> None:
+    for _ in range(steps):
+        engine.backward((engine(x) - y).square().mean())
+        engine.step()
+
+
+@pytest.mark.parametrize("force_cpu", [False, True])
+def test_moving_average_follows_every_optimiser_step(force_cpu):
+    model, x, y = problem()
+    engine = engine_of(model, ema_decay=0.8, ema_force_cpu=force_cpu, update_freq=2)
+    expected = [p.detach().clone() for p in model.parameters()]
+    for step in range(6):
+        train(engine, x, y, 1)
+        if step % 2:
+            expected = [0.8 * e + 0.2 * p.detach() for e, p in zip(expected, model.parameters(), strict=True)]
+    for ours, e in zip(engine.ema.module.parameters(), expected, strict=True):
+        torch.testing.assert_close(ours, e)
+    torch.testing.assert_close(engine.evaluate(x, ema=True), engine.ema.module(x))
+    torch.testing.assert_close(engine.evaluate(x), model(x))
+    assert not torch.allclose(engine.evaluate(x, ema=True), engine.evaluate(x))
+
+
+def test_evaluation_has_neither_dropout_nor_gradients():
+    model = nn.Sequential(nn.Linear(6, 1), nn.Dropout(0.5))
+    engine = engine_of(model, amp=torch.bfloat16)
+    x = torch.randn(4, 6)
+    out = engine.evaluate(x)
+    assert out.dtype == torch.bfloat16 and not out.requires_grad
+    assert torch.equal(out, engine.evaluate(x)) and not model.training
+
+
+def test_a_resumed_engine_goes_on_as_if_nothing_had_happened():
+    (straight, x, y), (first, _, _), (second, _, _) = problem(), problem(), problem()
+    settings = {"ema_decay": 0.9, "amp": torch.float16}
+    engines = [engine_of(model, **settings) for model in (straight, first, second)]
+    train(engines[0], x, y, 4)
+    train(engines[1], x, y, 2)
+    engines[2].load_state_dict(copy.deepcopy(engines[1].state_dict()))
+    train(engines[2], x, y, 2)
+    states = [engines[i].state_dict() for i in (0, 2)]
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
+def test_a_state_without_average_or_scale_can_be_taken_over():
+    (old, x, y), (new, _, _) = problem(), problem()
+    plain, engine = engine_of(old), engine_of(new, ema_decay=0.9, amp=torch.float16)
+    train(plain, x, y, 2)
+    engine.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(dict(engine.ema.module.state_dict()), dict(old.state_dict()))
+    assert engine.scaler.get_scale() == torch.amp.GradScaler("cpu").get_scale()
+    train(engine, x, y, 1)

@@ -14,7 +14,8 @@ import torch
 from golden import ROOT
 from videos import write_video
 
-from run_mae_pretraining import AT_LEAST_ONE, get_args_parser, main
+from flags import AT_LEAST_ONE
+from run_mae_pretraining import get_args_parser, main
 
 PROGRAM = ROOT / "run_mae_pretraining.py"
 TINY = ["--model", "pretrain_videomae_tiny_patch8_64", "--input_size", "32", "--mask_ratio", "0.9"]
@@ -63,7 +64,7 @@ def start_process(*flags, launcher=()) -> Done:
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=600,
+        timeout=200,
     )
     return Done(done.returncode, done.stdout, done.stderr)
 
@@ -212,6 +213,22 @@ def test_wrong_settings_are_one_line_that_says_what_to_change(data, tmp_path, fl
     assert not list(tmp_path.glob("out/*.pth"))
 
 
+def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path):
+    done = start(
+        *SMALL_RUN,
+        "--data_path",
+        data / "list.csv",
+        "--output_dir",
+        tmp_path,
+        "--lr",
+        "1e30",
+        "--epochs",
+        "4",
+    )
+    assert done.returncode != 0
+    assert re.search(r"the loss is (nan|inf) at step \d+ .* lower --lr", done.stderr)
+
+
 def test_another_model_does_not_resume(straight, data):
     done = start(
         *SMALL_RUN, "--data_path", data / "list.csv", "--output_dir", straight[0], "--decoder_depth", "2"
@@ -234,8 +251,8 @@ def test_lists_without_a_readable_video_or_with_a_bad_line(tmp_path):
 
 
 def test_every_flag_is_read():
-    """Each flag's name stands in the program again, as `args.<name>` or in a tuple of names."""
-    source = PROGRAM.read_text()
+    """Each flag's name stands in the program or in `flags.py`, as `args.<name>` or among those counted."""
+    source = PROGRAM.read_text() + (ROOT / "flags.py").read_text()
     for action in get_args_parser()._actions:
         if action.dest != "help":
             assert f"args.{action.dest}" in source or action.dest in AT_LEAST_ONE, action.dest

@@ -23,11 +23,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from augment import normalize, to_pixels
 from checkpoint import epoch_checkpoints, load_pretrain_model, read_checkpoint
-from datasets import read_list
+from frame_indices import pretrain_indices
+from lists import read_list
 from masking_generator import MaskingGenerator
 from modeling_finetune import TUBELET
 from targets import reconstruction_error, reconstruction_targets
-from video import open_video, pretrain_indices
+from video import open_video
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -41,7 +42,7 @@ def load_clips(list_path: Path, num_frames: int, sampling_rate: int, patch: int)
     clips, shares = [], []
     for record in tqdm(read_list(list_path), desc="decoding", disable=not sys.stderr.isatty()):
         with open_video(record.path) as video:
-            indices = pretrain_indices(video.num_frames, num_frames, sampling_rate, 0)
+            indices = pretrain_indices(0, video.num_frames, num_frames, sampling_rate)
             clips.append(video.get_frames(indices).transpose(0, 1))
         mask = np.load(Path(record.path).with_suffix(".npz"))["mask"][indices]  # (T,H,W)
         share = avg_pool3d(torch.from_numpy(mask)[None].float(), (TUBELET, patch, patch))

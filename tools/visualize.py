@@ -36,11 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules a
 import panels
 from augment import COLOUR_STATISTICS, View, apply_view, to_pixels
 from checkpoint import CheckpointError, load_pretrain_model, read_checkpoint
-from datasets import read_list
+from frame_indices import pretrain_clip
+from lists import read_list
 from masking_generator import visible_count
 from modeling_finetune import TUBELET
 from modeling_pretrain import PretrainVisionTransformer
-from video import VideoError, open_video, pretrain_clip, resolve_decoder
+from video import VideoError, open_video, resolve_decoder
 
 
 # fmt: off

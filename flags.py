@@ -1,0 +1,155 @@
+"""The flags that both programs have, and what follows from them. Names are VideoMAE's."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from checkpoint import check_resumable, newest_checkpoint, read_checkpoint
+from logs import Console
+from modeling_finetune import TUBELET
+from optim import Engine, cosine_schedule
+from video import resolve_decoder
+
+
+def boolean(text: str) -> bool:
+    """A flag's true or false, as people write it."""
+    if text.lower() in ("true", "yes", "on", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+ON_OFF = {"type": boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+
+
+# fmt: off
+def common_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the shared flags; the program sets the defaults in which the two differ."""
+    parser = argparse.ArgumentParser(program, description=description,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    add = parser.add_argument_group("run").add_argument
+    add("--batch_size", default=64, type=int, help="videos per process and forward pass")
+    add("--epochs", type=int, help="the true number of epochs (the published scripts add one)")
+    add("--update_freq", default=1, type=int, help="batches accumulated into one optimiser step")
+    add("--save_ckpt_freq", type=int, help="epochs between checkpoints; the last is always saved")
+    add("--seed", default=0, type=int, help="with epoch, step, video and rank it decides all that is random")
+    add("--start_epoch", default=0, type=int, help="first epoch of a run that resumes nothing")
+    add("--resume", default="", help="checkpoint to go on from")
+    add("--auto_resume", default=True, action="store_true", help="go on from the newest one in --output_dir")
+    add("--no_auto_resume", dest="auto_resume", action="store_false", help="start afresh")
+
+    add = parser.add_argument_group("optimiser").add_argument
+    add("--opt", default="adamw", help="any name timm knows")
+    add("--opt_eps", default=1e-8, type=float, help="epsilon")
+    add("--opt_betas", default=None, type=float, nargs="+", help="betas (default: the optimiser's)")
+    add("--clip_grad", default=None, type=float, help="largest norm of the gradient (default: no limit)")
+    add("--momentum", default=0.9, type=float, help="of SGD")
+    add("--weight_decay", default=0.05, type=float, help="weight decay")
+    add("--weight_decay_end", default=None, type=float, help="at the end of a cosine (default: the same)")
+    add("--lr", type=float, help="peak learning rate; times total batch / 256")
+    add("--warmup_lr", default=0.0, type=float, help="where the warm-up starts, scaled likewise")
+    add("--min_lr", type=float, help="where the cosine ends, scaled likewise")
+    add("--warmup_epochs", type=int, help="epochs of linear warm-up")
+    add("--warmup_steps", default=-1, type=int, help="optimiser steps of warm-up, instead of epochs")
+    add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="mixed precision")
+    add("--compile", action="store_true", help="torch.compile the model")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default="", help="list of videos, or the folder of three lists (DATASET.md)")
+    add("--data_root", default=None, help="folder that relative paths start from (default: the list's)")
+    add("--decoder", default="auto", choices=["auto", "torchcodec", "decord", "pyav"], help="video decoder")
+    add("--num_frames", default=16, type=int, help="frames of a clip")
+    add("--sampling_rate", default=4, type=int, help="frames of the video from one frame to the next")
+    add("--num_sample", type=int, help="clips of one video per decoding")
+    add("--train_interpolation", choices=["bilinear", "bicubic"], help="of training transforms")
+    add("--color_jitter", default=0.0, type=float, help="brightness, contrast, saturation within 1 +- this")
+    add("--imagenet_default_mean_and_std", default=True, **ON_OFF, help="false: mean and std of 0.5")
+    add("--num_workers", type=int, help="decoding processes per training process")
+    add("--pin_mem", default=True, action="store_true", help="page-locked batches for CUDA")
+    add("--no_pin_mem", dest="pin_mem", action="store_false", help="pageable batches")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="", help="checkpoints, log.txt and pictures (default: nothing is kept)")
+    add("--log_dir", default=None, help="TensorBoard (default: --output_dir)")
+    add("--log_freq", default=20, type=int, help="optimiser steps between readings")
+
+    add = parser.add_argument_group("processes").add_argument
+    add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
+    add("--dist_url", default="env://", help="where the processes meet")
+    add("--world_size", default=1, type=int, help="processes that the launcher should have started")
+    add("--local_rank", "--local-rank", default=-1, type=int, help="set by torch.distributed.launch")
+    add("--dist_on_itp", action="store_true", help="read Open MPI's environment variables")
+    return parser
+# fmt: on
+
+AT_LEAST_ONE = (
+    *("batch_size", "epochs", "update_freq", "save_ckpt_freq", "log_freq"),
+    *("num_frames", "sampling_rate", "num_sample"),
+)
+
+
+def check_common(args: argparse.Namespace, *more_counts: str) -> None:
+    """What can be told wrong of the shared flags before anything is built; `more_counts` are at least 1 too.
+
+    Raises:
+        ValueError: names the flag and says what to change.
+    """
+    for name in (*AT_LEAST_ONE, *more_counts):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.num_workers < 0:
+        raise ValueError(f"--num_workers {args.num_workers} must be at least 0")
+    if args.warmup_steps < 0 and args.warmup_epochs > args.epochs:
+        raise ValueError(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
+    if args.num_frames % TUBELET:
+        raise ValueError(f"--num_frames {args.num_frames} is not a multiple of the tubelet size {TUBELET}")
+    try:
+        resolve_decoder(args.decoder)
+    except RuntimeError as error:
+        raise ValueError(f"--decoder {args.decoder}: {error}") from error
+
+
+def build_schedule(
+    args: argparse.Namespace, total_batch: int, steps_per_epoch: int
+) -> Callable[[int], tuple[float, float]]:
+    """Optimiser step -> (learning rate, weight decay); rates are the flags' times total_batch / 256."""
+    scale = total_batch / 256
+    total_steps = args.epochs * steps_per_epoch
+    warmup_steps = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
+    decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+
+    def schedule(step: int) -> tuple[float, float]:
+        lr = cosine_schedule(
+            step,
+            start=args.warmup_lr * scale,
+            peak=args.lr * scale,
+            final=args.min_lr * scale,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+        )
+        return lr, cosine_schedule(step, peak=args.weight_decay, final=decay_end, total_steps=total_steps)
+
+    return schedule
+
+
+def resume(args: argparse.Namespace, engine: Engine, model_settings: dict, console: Console) -> dict | None:
+    """Loads the checkpoint to go on from into the engine and returns its content; None where there is none.
+
+    Raises:
+        CheckpointError: it can't be read, or is of a model with other settings.
+    """
+    if args.resume:
+        found = Path(args.resume), read_checkpoint(args.resume)
+    elif args.auto_resume and args.output_dir:
+        found = newest_checkpoint(args.output_dir, console.warn)
+    else:
+        found = None
+    if found is None:
+        return None
+    path, state = found
+    check_resumable(path, state.get("model_settings", {}), model_settings)
+    engine.load_state_dict(state)
+    console.say(f"resumed {path}: {state['epoch'] + 1} of {args.epochs} epochs are done")
+    return state
