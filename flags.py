@@ -4,10 +4,13 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from checkpoint import check_resumable, newest_checkpoint, read_checkpoint
 from logs import Console
-from modeling_finetune import TUBELET
-from optim import Engine, cosine_schedule
+from optim import Engine, cosine_schedule, create_optimizer, resolve_amp
+from utils import World
 from video import resolve_decoder
 
 
@@ -55,6 +58,8 @@ def common_parser(program: str, description: str) -> argparse.ArgumentParser:
     add("--warmup_steps", default=-1, type=int, help="optimiser steps of warm-up, instead of epochs")
     add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="mixed precision")
     add("--compile", action="store_true", help="torch.compile the model")
+    add("--enable_deepspeed", action="store_true", help="share the optimiser's state between processes")
+    add("--zero_stage", default=1, type=int, choices=[0, 1, 2], help="2: share the gradients too")
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default="", help="list of videos, or the folder of three lists (DATASET.md)")
@@ -103,8 +108,6 @@ def check_common(args: argparse.Namespace, *more_counts: str) -> None:
         raise ValueError(f"--num_workers {args.num_workers} must be at least 0")
     if args.warmup_steps < 0 and args.warmup_epochs > args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
-    if args.num_frames % TUBELET:
-        raise ValueError(f"--num_frames {args.num_frames} is not a multiple of the tubelet size {TUBELET}")
     try:
         resolve_decoder(args.decoder)
     except RuntimeError as error:
@@ -132,6 +135,53 @@ def build_schedule(
         return lr, cosine_schedule(step, peak=args.weight_decay, final=decay_end, total_steps=total_steps)
 
     return schedule
+
+
+def build_engine(
+    args: argparse.Namespace, model: nn.Module, world: World, *, layer_decay: float | None = None, **settings
+) -> Engine:
+    """The model with the flags' optimiser, in the flags' precision; `settings` go to `Engine`.
+
+    Raises:
+        ValueError: an optimiser that does not exist, does not take the flags, or can't be shared.
+    """
+    optimizer = create_optimizer(
+        model,
+        opt=args.opt,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        layer_decay=layer_decay,
+        eps=args.opt_eps,
+        betas=args.opt_betas,
+        momentum=args.momentum,
+    )
+    settings |= {
+        "device": world.device,
+        "amp": resolve_amp(args.amp, world.device),
+        "update_freq": args.update_freq,
+        "clip_grad": args.clip_grad,
+        "compile_model": args.compile,
+    }
+    if args.enable_deepspeed:
+        from deepspeed_engine import DeepSpeedEngine  # takes seconds to import
+
+        return DeepSpeedEngine(model, optimizer, zero_stage=args.zero_stage, **settings)
+    return Engine(model, optimizer, distributed=world.size > 1, **settings)
+
+
+def describe(args: argparse.Namespace, engine: Engine, world: World, *, model: str, videos: str) -> str:
+    """What is about to run, in three lines: the model, the data, and the batch arithmetic."""
+    trained = sum(p.numel() for p in engine.module.parameters() if p.requires_grad) / 1e6
+    precision = str(engine.amp or torch.float32).removeprefix("torch.")
+    total = args.batch_size * args.update_freq * world.size
+    decoder = resolve_decoder(args.decoder)
+    return (
+        f"{args.model}, {trained:.2f} M trained parameters, {model}\n"
+        f"{videos} of {args.data_path}, decoder {decoder}, on {world.device} in {precision}\n"
+        f"{world.size} processes x {args.batch_size} videos x {args.update_freq} batches a step = {total}, "
+        f"{args.num_sample} clips a video\n"
+        f"learning rate {args.lr} x {total}/256 = {args.lr * total / 256:.3g}"
+    )
 
 
 def resume(args: argparse.Namespace, engine: Engine, model_settings: dict, console: Console) -> dict | None:

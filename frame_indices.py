@@ -1,9 +1,9 @@
 """Which frames of a video make a clip: functions of integers, with no file and no decoder in them.
 
-For a video of D frames and clips of T, indices are int64: (T,) for a clip and (views,T) for test views. Where
-a rule leaves a choice, `rng` (a numpy Generator) makes it; without one the middle is taken, so that
-validation is repeatable (the published code draws its validation clips, too). A single test view is the middle
-one (the published code divides by zero).
+For a video of D frames and clips of T, indices are int64: (T,) for a clip and (views,T) for test views.
+Where a rule leaves a choice, `rng` (a numpy Generator) makes it; without one the middle is taken, so that
+validation can be repeated (the published code draws its validation clips, too). A single test view is the
+middle one (the published code divides by zero).
 """
 
 import numpy as np

@@ -13,17 +13,16 @@ import panels
 from augment import COLOUR_STATISTICS, build_pretrain_transform, to_pixels
 from checkpoint import CheckpointError, save_checkpoint
 from engine_for_pretraining import Losses, pretrain_one_epoch
-from flags import ON_OFF, build_schedule, check_common, common_parser, resume
+from flags import ON_OFF, build_engine, build_schedule, check_common, common_parser, describe, resume
 from lists import VideoList, check_readable, read_list
 from loaders import build_pretraining_loader
 from logs import Console, Progress, RunLog
 from masking_generator import ALIASES, RULES, visible_count
 from modeling_finetune import POSITIONS, parse_model_name, token_grid
 from modeling_pretrain import PRETRAIN_MODELS, create_pretrain_model
-from optim import Engine, create_optimizer, resolve_amp
+from optim import Engine
 from targets import ERRORS
 from utils import World, seed_all, start_world, stop_world
-from video import resolve_decoder
 
 
 # fmt: off
@@ -124,31 +123,6 @@ def build_loader(args: argparse.Namespace, videos: VideoList, size: int, world: 
     )
 
 
-def build_engine(args: argparse.Namespace, model_settings: dict, world: World) -> Engine:
-    seed_all(args.seed)
-    model = create_pretrain_model(**model_settings).to(world.device)
-    optimizer = create_optimizer(
-        model,
-        opt=args.opt,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        eps=args.opt_eps,
-        betas=args.opt_betas,
-        momentum=args.momentum,
-    )
-    return Engine(
-        model,
-        optimizer,
-        device=world.device,
-        distributed=world.size > 1,
-        amp=resolve_amp(args.amp, world.device),
-        update_freq=args.update_freq,
-        clip_grad=args.clip_grad,
-        watch={"sampler": model.sampler_parameters()},
-        compile_model=args.compile,
-    )
-
-
 class Run(NamedTuple):
     """Everything a training run needs, assembled and checked."""
 
@@ -172,13 +146,18 @@ def assemble(args: argparse.Namespace) -> Run:
     )
     check_readable(videos, args.decoder)
     loader = build_loader(args, videos, model_settings["input_size"], world)
-    engine = build_engine(args, model_settings, world)
+    seed_all(args.seed)
+    model = create_pretrain_model(**model_settings).to(world.device)
+    engine = build_engine(args, model, world, watch={"sampler": model.sampler_parameters()})
     steps_per_epoch = loader.sampler.steps_per_epoch // args.update_freq
     total_batch = args.batch_size * args.update_freq * world.size
 
     is_main = world.rank == 0
     console = Console(total_steps=args.epochs * steps_per_epoch, show=is_main)
-    console.say(describe(args, engine, len(videos), world))
+    masking = model.masking
+    tokens = f"{masking.num_visible} of {masking.num_tokens} tokens visible"
+    text = f"{masking.mask_type} masking: {tokens}"
+    console.say(describe(args, engine, world, model=text, videos=f"{len(videos)} videos"))
     state = resume(args, engine, model_settings, console)
     return Run(
         args=args,
@@ -197,21 +176,6 @@ def assemble(args: argparse.Namespace) -> Run:
         start_epoch=state["epoch"] + 1 if state else args.start_epoch,
         console=console,
         log=RunLog(output_dir=args.output_dir, log_dir=args.log_dir or args.output_dir, show=is_main),
-    )
-
-
-def describe(args: argparse.Namespace, engine: Engine, num_videos: int, world: World) -> str:
-    """What is about to run, in three lines: model, data and batch arithmetic."""
-    model, amp = engine.module, str(engine.amp or torch.float32).removeprefix("torch.")
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    total = args.batch_size * args.update_freq * world.size
-    return (
-        f"{args.model}, {parameters:.1f} M parameters, {model.masking.mask_type} masking: "
-        f"{model.masking.num_visible} of {model.masking.num_tokens} tokens visible\n"
-        f"{num_videos} videos of {args.data_path}, decoder {resolve_decoder(args.decoder)}, on {world.device}"
-        f" in {amp}\n{world.size} processes x {args.batch_size} videos x {args.update_freq} batches a step = "
-        f"{total}, {args.num_sample} clips a video, learning rate {args.lr} x {total}/256 = "
-        f"{args.lr * total / 256:.3g}"
     )
 
 

@@ -1,0 +1,434 @@
+"""Fine-tunes a video classifier, probes a frozen encoder, or evaluates; FINETUNE.md has the recipes."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from augment import COLOUR_STATISTICS
+from augment_finetune import ClipErasing, ClipMixup, build_finetune_transform
+from checkpoint import CheckpointError, epoch_checkpoints, load_weights, read_checkpoint, save_checkpoint
+from datasets import DATA_SETS, FRAME_RULES, DataSet, resolve_data_set
+from engine_for_finetuning import finetune_one_epoch, score_views, validate
+from evaluation import FUSIONS, accuracies, write_results
+from flags import ON_OFF, build_engine, build_schedule, check_common, common_parser, describe, resume
+from lists import VideoList, check_readable, read_splits
+from loaders import build_finetuning_loaders
+from logs import Console, Progress, RunLog
+from modeling_finetune import (
+    CLASSIFIER_POSITIONS,
+    CLASSIFIERS,
+    create_classifier,
+    parse_model_name,
+    token_grid,
+)
+from optim import Engine
+from probes import make_probe
+from utils import World, seed_all, start_world, stop_world
+from weights import load_classifier_weights
+
+BEST = "checkpoint-best.pth"
+
+
+# fmt: off
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = common_parser("run_class_finetuning.py", __doc__)
+    parser.set_defaults(epochs=30, save_ckpt_freq=100, lr=1e-3, min_lr=1e-6, warmup_epochs=5,
+                        num_sample=2, train_interpolation="bicubic", num_workers=10, color_jitter=0.4)
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="vit_base_patch16_224", help=", ".join(sorted(CLASSIFIERS)))
+    add("--tubelet_size", default=2, type=int, help="frames of a token")
+    add("--input_size", default=None, type=int, help="side of the clip in pixels (default: the model's)")
+    add("--pos_embed", default=None, choices=list(CLASSIFIER_POSITIONS),
+        help="positions (default: those that --finetune was trained with, else the model's)")
+    add("--drop", default=0.0, type=float, help="dropout after positions, attention and MLP")
+    add("--attn_drop_rate", default=0.0, type=float, help="dropout of attention weights")
+    add("--drop_path", default=0.1, type=float, help="stochastic depth")
+    add("--fc_drop_rate", default=0.0, type=float, help="dropout before the head")
+    add("--init_scale", default=0.001, type=float, help="scale of the head's initial weights")
+    add("--use_mean_pooling", default=True, action="store_true", help="classify the mean of all tokens")
+    add("--use_cls", dest="use_mean_pooling", action="store_false", help="classify the first token")
+    add("--use_checkpoint", action="store_true", help="recompute activations: less memory, more time")
+    add("--model_ema", action="store_true", help="keep a moving average of the weights, and evaluate it too")
+    add("--model_ema_decay", default=0.9999, type=float, help="its decay per step")
+    add("--model_ema_force_cpu", action="store_true", help="keep it in the host's memory")
+
+    add = parser.add_argument_group("start").add_argument
+    add("--finetune", default="", help="checkpoint of the encoder (default: from scratch)")
+    add("--model_key", default="model|module", help="where the weights are in it")
+    add("--model_prefix", default="", help="prefix of the weights to take")
+    add("--linear_probe", action="store_true", help="train a linear layer on the frozen encoder")
+    add("--attentive_probe", action="store_true", help="train an attention pooling and a linear layer on it")
+    add("--probe_batch_norm", action="store_true", help="standardise the features of a probe (MAE)")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--layer_decay", default=0.75, type=float, help="learning rate of a layer over that of the next")
+    add("--smoothing", default=0.1, type=float, help="label smoothing")
+    add("--aa", default="rand-m7-n4-mstd0.5-inc1", help="RandAugment policy, or none")
+    add("--reprob", default=0.25, type=float, help="probability of random erasing")
+    add("--remode", default="pixel", choices=["pixel", "rand", "const"], help="what fills the erased box")
+    add("--recount", default=1, type=int, help="erased boxes")
+    add("--mixup", default=0.8, type=float, help="alpha of Mixup; 0: off")
+    add("--cutmix", default=1.0, type=float, help="alpha of CutMix; 0: off")
+    add("--cutmix_minmax", default=None, type=float, nargs=2, help="range of the box's side instead")
+    add("--mixup_prob", default=1.0, type=float, help="probability of either")
+    add("--mixup_switch_prob", default=0.5, type=float, help="probability of CutMix where both are on")
+    add("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="what shares one draw")
+    add("--save_ckpt", default=True, action="store_true", help="write checkpoints")
+    add("--no_save_ckpt", dest="save_ckpt", action="store_false", help="write none, test the last weights")
+
+    add = parser.add_argument_group("data set").add_argument
+    add("--data_set", default="Kinetics-400", choices=list(DATA_SETS), help="classes, frames, flip, views")
+    add("--nb_classes", default=None, type=int, help="number of classes (default: the data set's)")
+    add("--sampling", default=None, choices=list(FRAME_RULES), help="frame rule (default: the data set's)")
+    add("--flip", default=None, **ON_OFF, help="mirror clips (default: as the data set's)")
+    add("--num_segments", default=1, type=int, help="a clip has --num_frames times so many frames")
+    add("--labels", default=None, help="file of class names, one a line, for the confusion matrix")
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval", action="store_true", help="only test --finetune, --resume or the best in --output_dir")
+    add("--disable_eval_during_finetuning", action="store_true", help="no validation; the last weights count")
+    add("--dist_eval", default=True, action="store_true", help="share validation and test between processes")
+    add("--no_dist_eval", dest="dist_eval", action="store_false", help="leave them to the first process")
+    add("--short_side_size", default=None, type=int, help="short side in pixels (default: --input_size)")
+    add("--test_num_segment", default=None, type=int, help="temporal views (default: the data set's)")
+    add("--test_num_crop", default=None, type=int, help="spatial views (default: the data set's)")
+    add("--random_validation", action="store_true", help="draw validation clips, as published")
+    add("--view_fusion", default="softmax", choices=FUSIONS, help="averaged over views (AdaMAE: logits)")
+    add("--skip_unreadable", action="store_true", help="leave unreadable test videos out, and exit with 0")
+    return parser
+# fmt: on
+
+
+def check_settings(args: argparse.Namespace) -> tuple[dict, DataSet, dict[str, VideoList]]:
+    """Everything that can be told wrong before anything is built.
+
+    Returns the settings of `create_classifier`, the data set, and the lists. Raises ValueError with a message
+    that says what to change, or CheckpointError.
+    """
+    check_common(args, "num_segments", "recount", "tubelet_size")
+    _, patch, img = parse_model_name(args.model, CLASSIFIERS)
+    num_frames, size = args.num_frames * args.num_segments, args.input_size or img
+    token_grid(num_frames, size, patch, args.tubelet_size)
+    if args.linear_probe and args.attentive_probe:
+        raise ValueError("--linear_probe and --attentive_probe exclude each other: give one")
+    if (args.linear_probe or args.attentive_probe) and not (args.finetune or args.eval):
+        raise ValueError("a probe needs a frozen encoder: set --finetune to a checkpoint")
+    if not args.data_path:
+        raise ValueError("--data_path is missing: a folder of train.csv, val.csv and test.csv (DATASET.md)")
+    data_set = resolve_data_set(
+        args.data_set,
+        num_classes=args.nb_classes,
+        sampling=args.sampling,
+        flip=args.flip,
+        test_segments=args.test_num_segment,
+        test_crops=args.test_num_crop,
+    )
+    splits = ["test"] if args.eval else ["train", "val", "test"]
+    if args.disable_eval_during_finetuning and not args.eval:
+        splits.remove("val")
+    model_settings = {
+        "name": args.model,
+        "num_classes": data_set.num_classes,
+        "num_frames": num_frames,
+        "input_size": size,
+        "tubelet": args.tubelet_size,
+        "pos_embed": args.pos_embed or trained_positions(args),
+        "mean_pooling": args.use_mean_pooling,
+        "drop": args.drop,
+        "attn_drop": args.attn_drop_rate,
+        "drop_path": args.drop_path,
+        "fc_drop": args.fc_drop_rate,
+        "init_scale": args.init_scale,
+        "checkpoint_activations": args.use_checkpoint,
+    }
+    lists = read_splits(
+        args.data_path, num_classes=data_set.num_classes, splits=splits, data_root=args.data_root
+    )
+    return model_settings, data_set, lists
+
+
+def trained_positions(args: argparse.Namespace) -> str | None:
+    """The positions that the checkpoint to start from was trained with, where it tells."""
+    if not args.finetune:
+        return None
+    return load_weights(args.finetune, model_key=args.model_key).settings.get("pos_embed")
+
+
+class Run(NamedTuple):
+    """Everything a run needs, assembled and checked."""
+
+    args: argparse.Namespace
+    model_settings: dict
+    data_set: DataSet
+    world: World
+    loaders: dict[str, DataLoader]
+    engine: Engine
+    console: Console
+    log: RunLog
+    state: dict | None  # of the checkpoint that was resumed
+    normalization: tuple
+
+
+def assemble(args: argparse.Namespace) -> Run:
+    """Checks the settings and builds everything. Raises ValueError or CheckpointError."""
+    model_settings, data_set, lists = check_settings(args)
+    world = start_world(
+        args.device, args.dist_url, args.world_size, local_rank=args.local_rank, itp=args.dist_on_itp
+    )
+    for videos in lists.values():
+        check_readable(videos, args.decoder)
+    loaders = build_loaders(args, data_set, lists, model_settings, world)
+    is_main = world.rank == 0
+    console = Console(total_steps=steps_per_epoch(args, loaders) * args.epochs, show=is_main)
+    seed_all(args.seed)
+    model = build_model(args, model_settings, console).to(world.device)
+    engine = build_engine(
+        args,
+        model,
+        world,
+        layer_decay=args.layer_decay,
+        ema_decay=args.model_ema_decay if args.model_ema else None,
+        ema_force_cpu=args.model_ema_force_cpu,
+    )
+    videos = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items()) + " videos"
+    classes = f"{data_set.num_classes} classes of {args.data_set}"
+    console.say(describe(args, engine, world, model=classes, videos=videos))
+    statistics = "imagenet" if args.imagenet_default_mean_and_std else "half"
+    if "mae_st" in args.model:
+        statistics = "mae_st"
+    return Run(
+        args=args,
+        model_settings=model_settings,
+        data_set=data_set,
+        world=world,
+        loaders=loaders,
+        engine=engine,
+        console=console,
+        log=RunLog(output_dir=args.output_dir, log_dir=args.log_dir or args.output_dir, show=is_main),
+        state=None if args.eval else resume(args, engine, model_settings, console),
+        normalization=COLOUR_STATISTICS[statistics],
+    )
+
+
+def build_model(args: argparse.Namespace, model_settings: dict, console: Console) -> nn.Module:
+    """The classifier with the weights of --finetune, or a probe of it. Raises CheckpointError."""
+    model = create_classifier(**model_settings)
+    kind = "linear" if args.linear_probe else "attentive" if args.attentive_probe else None
+    if kind:
+        model_settings["probe"] = {"kind": kind, "batch_norm": args.probe_batch_norm}
+    if args.finetune and not args.eval:
+        load_classifier_weights(
+            model, args.finetune, model_key=args.model_key, prefix=args.model_prefix, report=console.say
+        )
+    return make_probe(model, kind=kind, batch_norm=args.probe_batch_norm) if kind else model
+
+
+def build_loaders(
+    args: argparse.Namespace, data_set: DataSet, lists: dict, model_settings: dict, world: World
+) -> dict[str, DataLoader]:
+    size = model_settings["input_size"]
+    return build_finetuning_loaders(
+        splits=lists,
+        data_set=data_set,
+        transform=build_finetune_transform(
+            size=size,
+            flip=data_set.flip,
+            aa=args.aa,
+            interpolation=args.train_interpolation,
+            color_jitter=args.color_jitter,
+        ),
+        num_frames=model_settings["num_frames"],
+        sampling_rate=args.sampling_rate,
+        input_size=size,
+        short_side=args.short_side_size or size,
+        num_sample=args.num_sample,
+        batch_size=args.batch_size,
+        update_freq=args.update_freq,
+        random_validation=args.random_validation,
+        dist_eval=args.dist_eval,
+        seed=args.seed,
+        decoder=args.decoder,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def steps_per_epoch(args: argparse.Namespace, loaders: dict[str, DataLoader]) -> int:
+    return loaders["train"].sampler.steps_per_epoch // args.update_freq if "train" in loaders else 0
+
+
+def train(run: Run) -> None:
+    """The epochs of a run: training, validation of the weights and of their average, checkpoints."""
+    args, engine, loader = run.args, run.engine, run.loaders["train"]
+    schedule = build_schedule(
+        args, args.batch_size * args.update_freq * run.world.size, steps_per_epoch(args, run.loaders)
+    )
+    augmentation = {
+        "erasing": ClipErasing(prob=args.reprob, mode=args.remode, count=args.recount),
+        "mixup": ClipMixup(
+            num_classes=run.data_set.num_classes,
+            mixup=args.mixup,
+            cutmix=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            smoothing=args.smoothing,
+        ),
+    }
+    start_epoch = run.state["epoch"] + 1 if run.state else args.start_epoch
+    best = run.state["best"] if run.state else {"top1": -1.0}
+    run.console.start(start_epoch * steps_per_epoch(args, run.loaders))
+    for epoch in range(start_epoch, args.epochs):
+        loader.sampler.set_epoch(epoch)
+        means = finetune_one_epoch(
+            engine,
+            loader,
+            num_batches=loader.sampler.steps_per_epoch,
+            **augmentation,
+            normalization=run.normalization,
+            schedule=schedule,
+            seed=args.seed,
+            progress=Progress(
+                world=run.world, console=run.console, log=run.log, epoch=epoch, log_freq=args.log_freq
+            ),
+        )
+        found = validate_all(run)
+        best = keep_best(run, found, best, epoch)
+        step = (epoch + 1) * steps_per_epoch(args, run.loaders)
+        for name, values in found.items():
+            run.log.scalars(step, {f"{name}_{k}": v for k, v in values.items()})
+            text = f"{name} top-1 {values['top1']:.2f}  top-5 {values['top5']:.2f}"
+            run.console.say(f"epoch {epoch}  {text}  best so far {best['top1']:.2f}")
+        run.log.epoch({"epoch": epoch, **means, "validation": found, "best": best})
+        if (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs:
+            save(run, f"checkpoint-{epoch}.pth", {"epoch": epoch, "best": best})
+    run.console.close()
+
+
+def validate_all(run: Run) -> dict[str, dict[str, float]]:
+    """What the validation finds of the weights (`model`) and of their average (`ema`); empty without one."""
+    if "val" not in run.loaders:
+        return {}
+    which = ["model", "ema"] if run.engine.ema is not None else ["model"]
+    return {
+        name: validate(run.engine, run.loaders["val"], normalization=run.normalization, ema=name == "ema")
+        for name in which
+    }
+
+
+def keep_best(run: Run, found: dict[str, dict[str, float]], best: dict, epoch: int) -> dict:
+    """Writes checkpoint-best.pth where the validation is better than ever; returns the best so far."""
+    for source, values in found.items():
+        if values["top1"] > best["top1"]:
+            best = {"top1": values["top1"], "epoch": epoch, "source": source}
+    if found and best["epoch"] == epoch:
+        save(run, BEST, {"epoch": epoch, "best": best})
+    return best
+
+
+def save(run: Run, name: str, more: dict) -> None:
+    """A checkpoint in --output_dir: everything to go on from, or for the best only its weights."""
+    if not (run.args.save_ckpt and run.args.output_dir):
+        return
+    state = run.engine.state_dict()  # every rank, since DeepSpeed gathers it
+    if name == BEST:
+        state = {"model": state["model_ema" if more["best"]["source"] == "ema" else "model"]}
+    if run.world.rank == 0:
+        state |= {**more, "args": vars(run.args), "model_settings": run.model_settings}
+        save_checkpoint(Path(run.args.output_dir) / name, state)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def load_for_test(run: Run) -> str:
+    """Loads the weights to be tested; returns their name.
+
+    After training that is the best checkpoint, or without one the last weights. With --eval it is --finetune,
+    --resume, or the best or newest in --output_dir. Raises CheckpointError where there is none, or one
+    without a head of these classes.
+    """
+    args, model = run.args, run.engine.module
+    folder = Path(args.output_dir)
+    best = [folder / BEST] if args.output_dir and (folder / BEST).is_file() else []
+    if not args.eval:
+        if not best or not args.save_ckpt or args.disable_eval_during_finetuning:
+            return "the last weights"
+        model.load_state_dict(read_checkpoint(best[0])["model"])
+        return str(best[0])
+    named = [Path(p) for p in (args.finetune, args.resume) if p]
+    path = next(iter([*named, *best, *(epoch_checkpoints(folder) if args.output_dir else [])]), None)
+    if path is None:
+        raise CheckpointError("--eval has nothing to test: set --finetune to a fine-tuned checkpoint")
+    target = model.encoder if run.model_settings.get("probe") else model
+    if run.model_settings.get("probe"):
+        model.load_state_dict(read_checkpoint(path)["model"])
+        return str(path)
+    report = load_classifier_weights(
+        target, path, model_key=args.model_key, prefix=args.model_prefix, report=run.console.say
+    )
+    if any(name.startswith("head.") for name in report.fresh):
+        raise CheckpointError(
+            f"{path} has no head for {run.data_set.num_classes} classes: --eval needs a fine-tuned checkpoint"
+        )
+    return str(path)
+
+
+def test(run: Run) -> int:
+    """The multi-view test; returns the exit status, 1 where videos could not be read."""
+    args, loader = run.args, run.loaders["test"]
+    tested = load_for_test(run)
+    views = loader.dataset.views
+    run.console.say(f"testing {tested}: {len(loader.dataset)} videos x {len(views)} views")
+    scores = score_views(
+        run.engine,
+        loader,
+        num_classes=run.data_set.num_classes,
+        num_views=len(views),
+        num_batches=len(loader),
+        normalization=run.normalization,
+        fusion=args.view_fusion,
+        clips_at_once=max(1, 3 * args.batch_size // 2),
+        console=Console(total_steps=len(loader), show=run.world.rank == 0),
+    )
+    found = accuracies(scores, skip_unreadable=args.skip_unreadable)
+    if run.world.rank == 0:
+        run.console.say("  ".join(f"{name} {value:.2f}" for name, value in found.items()))
+        if args.output_dir:
+            names = Path(args.labels).read_text().splitlines() if args.labels else None
+            write_results(Path(args.output_dir), scores, loader.dataset.videos, names)
+            (Path(args.output_dir) / "test.json").write_text(
+                json.dumps({"tested": tested, "view_fusion": args.view_fusion, **found}, indent=1) + "\n"
+            )
+        for _, path, reason in scores.bad:
+            print(f"unreadable test video: {path}: {reason}", file=sys.stderr)
+    return 1 if scores.bad and not args.skip_unreadable else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program: a wrong setting ends it with one line on stderr and status 1."""
+    args = get_args_parser().parse_args(argv)
+    try:
+        run = assemble(args)
+        if not args.eval:
+            train(run)
+        status = test(run)
+        run.log.close()
+        return status
+    except (ValueError, CheckpointError, FloatingPointError) as error:
+        raise SystemExit(f"run_class_finetuning.py: error: {error}") from error
+    finally:
+        stop_world()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
