@@ -140,7 +140,7 @@ def score_views(
             hits.append(right.cpu().numpy())
         console.advance()
         if (number + 1) % max(1, num_batches // 20) == 0:
-            console.report(number + 1, 0, videos=str(sum(map(len, index))))
+            console.report(number + 1, "test", videos=str(sum(map(len, index))))
     console.close()
     return merge_ranks(
         Scores(

@@ -79,16 +79,16 @@ class Console:
         if self.bar is not None:
             self.bar.update()
 
-    def report(self, step: int, epoch: int, **values: str) -> None:
-        """Shows the values of the last steps; `step` steps of the whole run are done."""
+    def report(self, step: int, where: str, **values: str) -> None:
+        """Shows the values of the last steps; `where` is like "epoch 3", `step` steps of the total are done."""
         if self.bar is not None:
-            self.bar.set_description(f"epoch {epoch}")
+            self.bar.set_description(where)
             self.bar.set_postfix_str(", ".join(f"{k} {v}" for k, v in values.items()))
             return
         done = max(1, step - self.first)
         left = (time.monotonic() - self.started) / done * (self.total - step)
         text = "  ".join(f"{k} {v}" for k, v in values.items())
-        self.say(f"epoch {epoch}  step {step}/{self.total}  {text}  left {readable_time(left)}")
+        self.say(f"{where}  step {step}/{self.total}  {text}  left {readable_time(left)}")
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
@@ -191,7 +191,7 @@ class Progress:
         self.log.scalars(step + 1, {**means, "lr": lr, **{k: float(v) for k, v in scalars.items()}})
         self.console.report(
             step + 1,
-            self.epoch,
+            f"epoch {self.epoch}",
             loss=f"{means.get('loss_reconstruction', means['loss']):.4f}",
             lr=f"{lr:.2e}",
             clips_s=f"{means['clips_per_second']:.1f}",

@@ -1,23 +1,18 @@
 """The pre-training program, started as a person starts it, on real video files."""
 
-import contextlib
-import io
 import json
-import os
 import re
-import subprocess
-import sys
-from typing import NamedTuple
 
 import pytest
 import torch
 from golden import ROOT
+from programs import Done, start, start_process
 from videos import write_video
 
 from flags import AT_LEAST_ONE
 from run_mae_pretraining import get_args_parser, main
 
-PROGRAM = ROOT / "run_mae_pretraining.py"
+PROGRAM = "run_mae_pretraining.py"
 TINY = ["--model", "pretrain_videomae_tiny_patch8_64", "--input_size", "32", "--mask_ratio", "0.9"]
 SMALL_RUN = [
     *TINY,
@@ -37,40 +32,10 @@ def data(tmp_path_factory):
     return folder
 
 
-class Done(NamedTuple):
-    """How a run ended."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def start(*flags) -> Done:
-    """The program in this process, as quick as it gets; `start_process` tells that it runs by itself too."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main([str(f) for f in flags])
-            status = 0
-        except SystemExit as stop:
-            print(stop, file=sys.stderr)
-            status = 1
-    return Done(status, out.getvalue(), err.getvalue())
-
-
-def start_process(*flags, launcher=()) -> Done:
-    done = subprocess.run(
-        [*(launcher or [sys.executable]), str(PROGRAM), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=200,
-    )
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
-def pretrain(data, output, *flags, how=start, **settings) -> Done:
-    done = how(*SMALL_RUN, "--data_path", data / "list.csv", "--output_dir", output, *flags, **settings)
+def pretrain(data, output, *flags, processes: int = 0) -> Done:
+    """A run that must succeed; `processes` of its own, or with 0 in this one."""
+    flags = (*SMALL_RUN, "--data_path", data / "list.csv", "--output_dir", output, *flags)
+    done = start_process(PROGRAM, *flags, processes=processes) if processes else start(main, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -87,7 +52,7 @@ def log(output) -> list[dict]:
 def straight(data, tmp_path_factory):
     """A run of two epochs that nothing interrupted."""
     output = tmp_path_factory.mktemp("straight")
-    return output, pretrain(data, output, how=start_process).stdout
+    return output, pretrain(data, output, processes=1).stdout
 
 
 def test_a_run_leaves_checkpoints_log_and_scalars(straight):
@@ -162,9 +127,7 @@ def test_variants_run(data, tmp_path, flags):
 
 def test_two_processes(data, tmp_path):
     """torchrun with two gloo ranks trains, and only one of them writes."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    flags = ["--epochs", "1", "--batch_size", "2"]
-    done = pretrain(data, tmp_path, *flags, how=start_process, launcher=torchrun)
+    done = pretrain(data, tmp_path, "--epochs", "1", "--batch_size", "2", processes=2)
     assert "2 processes x 2 videos x 1 batches a step = 4" in done.stdout
     assert len(log(tmp_path)) == 1
 
@@ -175,7 +138,14 @@ def test_an_unreadable_video_is_reported_counted_and_replaced(data, tmp_path):
     lines = [f"{data}/{i}.mp4 0\n" for i in range(7)] + [f"{broken} 1\n"]
     (tmp_path / "list.csv").write_text("".join(lines))
     done = start(
-        *SMALL_RUN, "--epochs", "1", "--data_path", tmp_path / "list.csv", "--output_dir", tmp_path / "out"
+        main,
+        *SMALL_RUN,
+        "--epochs",
+        "1",
+        "--data_path",
+        tmp_path / "list.csv",
+        "--output_dir",
+        tmp_path / "out",
     )
     assert done.returncode == 0, done.stderr
     assert f"unreadable video, replaced by another: {broken}" in done.stderr
@@ -207,7 +177,7 @@ def write(path, text):
     ],
 )
 def test_wrong_settings_are_one_line_that_says_what_to_change(data, tmp_path, flags, words):
-    done = start(*SMALL_RUN, "--data_path", data / "list.csv", "--output_dir", tmp_path / "out", *flags)
+    done = start(main, *SMALL_RUN, "--data_path", data / "list.csv", "--output_dir", tmp_path / "out", *flags)
     assert done.returncode != 0
     assert words in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.glob("out/*.pth"))
@@ -215,6 +185,7 @@ def test_wrong_settings_are_one_line_that_says_what_to_change(data, tmp_path, fl
 
 def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path):
     done = start(
+        main,
         *SMALL_RUN,
         "--data_path",
         data / "list.csv",
@@ -231,7 +202,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path):
 
 def test_another_model_does_not_resume(straight, data):
     done = start(
-        *SMALL_RUN, "--data_path", data / "list.csv", "--output_dir", straight[0], "--decoder_depth", "2"
+        main,
+        *SMALL_RUN,
+        "--data_path",
+        data / "list.csv",
+        "--output_dir",
+        straight[0],
+        "--decoder_depth",
+        "2",
     )
     assert done.returncode != 0
     assert "decoder_depth = 1, this run has decoder_depth = 2" in done.stderr
@@ -246,13 +224,13 @@ def test_lists_without_a_readable_video_or_with_a_bad_line(tmp_path):
     }
     for text, words in lists.items():
         (tmp_path / "list.csv").write_text(text)
-        done = start(*SMALL_RUN, "--data_path", tmp_path / "list.csv")
+        done = start(main, *SMALL_RUN, "--data_path", tmp_path / "list.csv")
         assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
 
 
 def test_every_flag_is_read():
     """Each flag's name stands in the program or in `flags.py`, as `args.<name>` or among those counted."""
-    source = PROGRAM.read_text() + (ROOT / "flags.py").read_text()
+    source = (ROOT / PROGRAM).read_text() + (ROOT / "flags.py").read_text()
     for action in get_args_parser()._actions:
         if action.dest != "help":
             assert f"args.{action.dest}" in source or action.dest in AT_LEAST_ONE, action.dest
