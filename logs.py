@@ -144,6 +144,7 @@ class Progress:
         self.meters = Meters(world.device)
         self.epoch_totals: dict[str, float] = {}
         self.epoch_count = self.num_bad = 0
+        self.epoch_started = time.perf_counter()
         self._start_interval()
 
     def _start_interval(self) -> None:
@@ -206,6 +207,7 @@ class Progress:
         self._start_interval()
 
     def epoch_means(self) -> dict[str, float]:
-        """Means of the epoch over steps and ranks, and the number of unreadable videos met by all ranks."""
+        """Means of the epoch over steps and ranks, its seconds, and the unreadable videos met by all ranks."""
         means = {name: total / self.epoch_count for name, total in self.epoch_totals.items()}
-        return means | {"bad_videos": int(sum_over_ranks(self.num_bad, self.world.device))}
+        bad = int(sum_over_ranks(self.num_bad, self.world.device))
+        return means | {"seconds": time.perf_counter() - self.epoch_started, "bad_videos": bad}

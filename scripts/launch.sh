@@ -1,20 +1,22 @@
 # shellcheck shell=bash
 # Sourced by the recipes: how one experiment is started, wherever it runs. The recipe sets
-#   TOTAL_BATCH   clips per optimiser step, over all GPUs
-#   BATCH_SIZE    clips per GPU at once; the environment's value wins
-# and calls `pretrain FLAGS... "$@"`.
+#   TOTAL_BATCH   videos per optimiser step, over all GPUs; empty where nothing is trained
+#   BATCH_SIZE    videos per GPU at once; the environment's value wins
+# and calls `pretrain`, `finetune`, `probe` or `evaluate` with FLAGS... "$@".
 #
 # From the environment:
-#   DATA_PATH     list file of the training videos (needed; see DATASET.md)
+#   DATA_PATH     list file of the training videos; for all but `pretrain` the folder of train.csv, val.csv and
+#                 test.csv (needed; see DATASET.md)
+#   MODEL         for all but `pretrain`: the checkpoint to start from or to test (needed; see FINETUNE.md)
 #   OUTPUT_DIR    checkpoints and logs; default output/<folder>/<recipe>
 #   DRY_RUN=1     print the command, run nothing
 #   PYTHON        interpreter; default .venv/bin/python where it is there, else python3
 # On one machine or several (torchrun; start the same recipe on every machine):
 #   NPROC_PER_NODE  processes here, default one per GPU; NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
-# In a SLURM job (srun; see scripts/slurm_pretrain.sh) the job's own variables say all of it.
+# In a SLURM job (srun; see scripts/slurm.sh) the job's own variables say all of it.
 #   LAUNCHER=torchrun|srun overrides the choice between the two.
 #
-# Fewer GPUs take the same optimiser steps: the clips that do not fit at once are accumulated
+# Fewer GPUs take the same optimiser steps: the videos that do not fit at once are accumulated
 #   update_freq = TOTAL_BATCH / (GPUs x BATCH_SIZE)
 set -euo pipefail
 
@@ -54,23 +56,28 @@ choose_srun() {
     command+=("$PYTHON")
 }
 
-# Sets `update_freq`.
+# Sets `update_freq`, and `batch` to what a step sees.
 share_batch() {
     local at_once=$((gpus * BATCH_SIZE))
+    update_freq=1
+    batch="$gpus GPUs x $BATCH_SIZE videos"
+    if [[ -z $TOTAL_BATCH ]]; then return; fi
     ((TOTAL_BATCH % gpus == 0)) ||
         fail "$gpus GPUs cannot share a total batch of $TOTAL_BATCH: use a number of GPUs that divides it"
     ((TOTAL_BATCH % at_once == 0)) ||
         fail "$gpus GPUs x BATCH_SIZE=$BATCH_SIZE = $at_once does not divide the total batch of $TOTAL_BATCH:" \
             "set BATCH_SIZE to a divisor of $((TOTAL_BATCH / gpus))"
     update_freq=$((TOTAL_BATCH / at_once))
+    batch+=" x $update_freq accumulated = $TOTAL_BATCH"
 }
 
 # launch PROGRAM FLAGS...: PROGRAM is relative to the repository; of a flag given twice the last one counts.
 launch() {
-    local launcher=torchrun program=$ROOT/$1 gpus update_freq command
+    local launcher=torchrun program=$ROOT/$1 gpus update_freq batch command
     shift
     [[ -n ${DATA_PATH:-} ]] ||
-        fail "DATA_PATH is not set: DATA_PATH=/path/to/train.csv bash scripts/$RECIPE.sh (DATASET.md has the format)"
+        fail "DATA_PATH is not set: the list of videos to pre-train on, else the folder of train.csv, val.csv and" \
+            "test.csv (DATASET.md)"
     OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/output/$RECIPE}
 
     # Inside a step of srun (SLURM_STEP_ID) another srun would wait for the step's own resources for ever.
@@ -84,7 +91,7 @@ launch() {
 
     command+=("$program" --data_path "$DATA_PATH" --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR")
     command+=(--batch_size "$BATCH_SIZE" --update_freq "$update_freq" "$@")
-    echo "$RECIPE: $gpus GPUs x $BATCH_SIZE clips x $update_freq accumulated = $TOTAL_BATCH" >&2
+    echo "$RECIPE: $batch" >&2
     if [[ -n ${DRY_RUN:-} ]]; then
         printf '%q ' "${command[@]}"
         echo
@@ -96,3 +103,33 @@ launch() {
 # What all pre-training recipes share; weight decay 0.05, warm-up of 40 epochs, base learning rate 1.5e-4 (per 256
 # clips) and AdamW are the program's defaults.
 pretrain() { launch run_mae_pretraining.py --opt_betas 0.9 0.95 "$@"; }
+
+# finetune FLAGS...: trains a classifier that starts from MODEL, and tests it. What the recipes share is the program's
+# default: AdamW with betas 0.9 and 0.999, weight decay 0.05, layer decay 0.75, drop path 0.1, warm-up of 5 epochs,
+# RandAugment, random erasing, Mixup and CutMix, label smoothing 0.1, and the data set's views.
+finetune() {
+    local start=""
+    if [[ ${MODEL:-} != scratch ]]; then
+        need_model "the pre-trained checkpoint to start from, or the word scratch"
+        start=$MODEL
+    fi
+    launch run_class_finetuning.py --finetune "$start" "$@"
+}
+
+# probe FLAGS...: trains a head on the frozen encoder of MODEL, without mixing clips or labels.
+probe() {
+    need_model "the pre-trained checkpoint to probe"
+    local unmixed=(--num_sample 1 --mixup 0 --cutmix 0 --smoothing 0 --drop_path 0)
+    launch run_class_finetuning.py --finetune "$MODEL" "${unmixed[@]}" "$@"
+}
+
+# evaluate FLAGS...: tests MODEL.
+evaluate() {
+    need_model "the fine-tuned checkpoint to test"
+    launch run_class_finetuning.py --eval --finetune "$MODEL" "$@"
+}
+
+need_model() {
+    [[ -n ${MODEL:-} ]] || fail "MODEL is not set: $1"
+    [[ -e $MODEL ]] || fail "MODEL=$MODEL does not exist: $1"
+}

@@ -12,18 +12,31 @@ from pathlib import Path
 
 import pytest
 
+import run_class_finetuning
+import run_mae_pretraining
+from datasets import DATA_SETS
+from modeling_finetune import CLASSIFIERS
 from modeling_pretrain import PRETRAIN_MODELS
-from run_mae_pretraining import get_args_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
-RECIPES = sorted(ROOT.glob("scripts/*/pretrain_*.sh"))
-BATCH_COMMENT = re.compile(r"^# (\d+) GPUs x (\d+) = (\d+) clips a step\.$", re.MULTILINE)
+PRETRAINING = sorted(ROOT.glob("scripts/*/pretrain_*.sh"))
+FINETUNING = sorted(ROOT.glob("scripts/*/finetune_*.sh"))
+PROBES = sorted(ROOT.glob("scripts/*/probe_*.sh"))
+EVALUATIONS = sorted(ROOT.glob("scripts/*/evaluate.sh"))
+PARSERS = {
+    "run_mae_pretraining.py": run_mae_pretraining.get_args_parser,
+    "run_class_finetuning.py": run_class_finetuning.get_args_parser,
+}
+SETS = {"ssv2": "SSV2", "kinetics": "Kinetics-400", "ucf101": "UCF101"}
+BATCH_COMMENT = re.compile(r"^# (\d+) GPUs x (\d+) = (\d+) (?:clips|videos) a step\.$", re.MULTILINE)
 ADAMAE = ROOT / "scripts/ssv2/pretrain_adamae_base_800e.sh"
+FINETUNE_ADAMAE = ROOT / "scripts/ssv2/finetune_adamae_base_800e_50e.sh"
+EVALUATE = ROOT / "scripts/ssv2/evaluate.sh"
 
-of_every_recipe = pytest.mark.parametrize(
-    "recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}"
-)
+
+def of_every(*recipes: Path):
+    return pytest.mark.parametrize("recipe", recipes, ids=lambda path: f"{path.parent.name}/{path.stem}")
 
 
 def run(script: Path, *arguments: str, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
@@ -37,19 +50,38 @@ def run(script: Path, *arguments: str, cwd: Path = ROOT, **environment) -> subpr
 
 def command_of(recipe: Path, *arguments: str, **environment) -> list[str]:
     """The command that a recipe would run, on one machine with one GPU unless `environment` says more."""
-    defaults = {"DRY_RUN": 1, "DATA_PATH": "train.csv", "NPROC_PER_NODE": 1}
+    defaults = {"DRY_RUN": 1, "DATA_PATH": "the data", "MODEL": os.devnull, "NPROC_PER_NODE": 1}
     done = run(recipe, *arguments, **(defaults | environment))
     assert done.returncode == 0, done.stderr
     return shlex.split(done.stdout)
 
 
-def program_flags(command: list[str]) -> list[str]:
-    (program,) = [i for i, word in enumerate(command) if word.endswith("run_mae_pretraining.py")]
-    return command[program + 1 :]
+def split_command(command: list[str]) -> tuple[str, list[str]]:
+    """The program's name and its flags."""
+    (program,) = [i for i, word in enumerate(command) if Path(word).name in PARSERS]
+    return Path(command[program]).name, command[program + 1 :]
 
 
 def parsed(recipe: Path, *arguments: str, **environment):
-    return get_args_parser().parse_args(program_flags(command_of(recipe, *arguments, **environment)))
+    program, flags = split_command(command_of(recipe, *arguments, **environment))
+    return PARSERS[program]().parse_args(flags)
+
+
+def flags_of(*programs: str) -> set[str]:
+    """All flags that these programs take."""
+    return {option for p in programs for a in PARSERS[p]()._actions for option in a.option_strings}
+
+
+def documented_row(recipe: Path, document: str) -> str:
+    """The one line of a table in a document that names the recipe."""
+    name = f"`scripts/{recipe.parent.name}/{recipe.name}`"
+    rows = [line for line in (ROOT / document).read_text().splitlines() if line.startswith(f"| {name} |")]
+    assert len(rows) == 1, rows
+    return rows[0]
+
+
+def number_to_reproduce(recipe: Path) -> str:
+    return re.search(r"^# To reproduce: ([\d./ ]+) top-1", recipe.read_text(), re.MULTILINE)[1]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -57,27 +89,35 @@ def test_bash_can_read_every_script(script):
     assert subprocess.run(["bash", "-n", str(script)], capture_output=True).returncode == 0
 
 
+# --- recipes ------------------------------------------------------------------------------------------------
+
+
 def test_there_is_a_recipe_for_every_published_experiment():
-    names = {f"{path.parent.name}/{path.stem.removeprefix('pretrain_')}" for path in RECIPES}
-    assert names == {
+    def names(recipes):
+        return {f"{path.parent.name}/{path.stem.partition('_')[2]}" for path in recipes}
+
+    assert names(PRETRAINING) == {
         *("ssv2/adamae_base_800e", "kinetics/adamae_base_800e", "ucf101/videomae_base_3200e"),
         *("ssv2/videomae_small_2400e", "ssv2/videomae_base_800e", "ssv2/videomae_base_2400e"),
         *("kinetics/videomae_small_1600e", "kinetics/videomae_base_800e", "kinetics/videomae_base_1600e"),
         *("kinetics/videomae_large_1600e", "kinetics/videomae_huge_1600e"),
     }
+    assert {name.rpartition("_")[0] for name in names(FINETUNING)} == names(PRETRAINING)
+    assert len(FINETUNING) == len(PRETRAINING)
+    assert {path.parent.name for path in EVALUATIONS} == set(SETS)
 
 
-@of_every_recipe
+@of_every(*PRETRAINING, *FINETUNING, *PROBES, *EVALUATIONS)
 def test_recipe_has_only_flags_of_the_program(recipe):
-    flags = [word for word in program_flags(command_of(recipe)) if word.startswith("--")]
-    declared = {option for action in get_args_parser()._actions for option in action.option_strings}
-    assert set(flags) <= declared
+    program, words = split_command(command_of(recipe))
+    flags = [word for word in words if word.startswith("--")]
+    assert set(flags) <= flags_of(program)
     assert len(flags) == len(set(flags))
-    assert parsed(recipe).model in PRETRAIN_MODELS
+    assert parsed(recipe).model in (*PRETRAIN_MODELS, *CLASSIFIERS)
 
 
-@of_every_recipe
-def test_recipe_does_what_its_name_and_head_say(recipe):
+@of_every(*PRETRAINING)
+def test_pretraining_recipe_does_what_its_name_and_head_say(recipe):
     args, text = parsed(recipe), recipe.read_text()
     _, method, size, epochs = recipe.stem.split("_")
     assert f"{args.epochs}e" == epochs
@@ -88,7 +128,25 @@ def test_recipe_does_what_its_name_and_head_say(recipe):
     assert f"{args.mask_type} masking at {args.mask_ratio}, {args.epochs} epochs" in text
 
 
-@of_every_recipe
+@of_every(*FINETUNING)
+def test_finetuning_recipe_does_what_its_name_and_head_say(recipe):
+    args, text = parsed(recipe), recipe.read_text()
+    _, method, size, pretrain_epochs, epochs = recipe.stem.split("_")
+    pretraining = f"pretrain_{method}_{size}_{pretrain_epochs}.sh"
+    assert (recipe.parent / pretraining).is_file()
+    assert f": {args.epochs} epochs from the checkpoint of {pretraining}." in text
+    assert f"{args.epochs}e" == epochs
+    assert args.model == f"vit_{size}_patch16_224"
+    assert args.data_set == SETS[recipe.parent.name]
+    data_set = DATA_SETS[args.data_set]
+    assert f" {data_set.test_segments} x {data_set.test_crops} views (" in text
+    assert ("2 augmented copies of each video" in text) == (args.num_sample == 2)
+    assert args.view_fusion == {"adamae": "logits", "videomae": "softmax"}[method]
+    assert args.finetune == os.devnull
+    assert not args.eval
+
+
+@of_every(*PRETRAINING, *FINETUNING, *PROBES)
 def test_batch_arithmetic_of_a_recipe_is_true(recipe):
     gpus, batch, total = map(int, BATCH_COMMENT.search(recipe.read_text()).groups())
     assert gpus * batch == total
@@ -100,22 +158,63 @@ def test_batch_arithmetic_of_a_recipe_is_true(recipe):
         assert few * args.batch_size * args.update_freq == total
 
 
-@of_every_recipe
+@of_every(*PRETRAINING, *FINETUNING)
 def test_document_lists_recipe_with_its_numbers(recipe):
     gpus, batch, total = BATCH_COMMENT.search(recipe.read_text()).groups()
-    rows = [line for line in (ROOT / "PRETRAIN.md").read_text().splitlines() if f"{recipe.name}" in line]
-    rows = [row for row in rows if f"{recipe.parent.name}/" in row and row.startswith("|")]
-    assert len(rows) == 1
-    assert f"| {gpus} x {batch} = {total} |" in rows[0]
-    number = re.search(r"^# To reproduce: ([\d./ ]+) top-1", recipe.read_text(), re.MULTILINE)[1]
-    assert f"| {number} " in rows[0]
+    row = documented_row(recipe, "PRETRAIN.md" if recipe in PRETRAINING else "FINETUNE.md")
+    assert f"| {gpus} x {batch} = {total} |" in row
+    assert f"| {number_to_reproduce(recipe)} " in row
 
 
-def test_documents_name_only_flags_of_the_program():
-    declared = {option for action in get_args_parser()._actions for option in action.option_strings}
-    for name in ("PRETRAIN.md", "DATASET.md"):
+@of_every(*FINETUNING)
+def test_document_lists_settings_of_a_finetuning_recipe(recipe):
+    args, row = parsed(recipe), documented_row(recipe, "FINETUNE.md")
+    _, epochs, lr, copies, _, one_gpu, views, *_ = (cell.strip() for cell in row.strip("|").split("|"))
+    assert (int(epochs), float(lr), int(copies)) == (args.epochs, args.lr, args.num_sample)
+    assert one_gpu == f"1 x {args.batch_size} x {args.update_freq}"
+    data_set = DATA_SETS[args.data_set]
+    assert views == f"{data_set.test_segments} x {data_set.test_crops}"
+
+
+@of_every(*FINETUNING)
+def test_finetuning_is_to_reach_what_pretraining_promises(recipe):
+    method_and_size = recipe.stem.removeprefix("finetune_").rpartition("_")[0]
+    pretraining = recipe.parent / f"pretrain_{method_and_size}.sh"
+    assert number_to_reproduce(recipe) == number_to_reproduce(pretraining)
+
+
+@of_every(*PROBES)
+def test_probe_freezes_the_encoder_it_is_given(recipe):
+    args = parsed(recipe)
+    assert (args.linear_probe, args.attentive_probe) == ("linear" in recipe.stem, "attentive" in recipe.stem)
+    assert args.finetune == os.devnull
+    assert (args.mixup, args.cutmix, args.smoothing, args.drop_path) == (0, 0, 0, 0)
+
+
+@of_every(*EVALUATIONS)
+def test_evaluation_only_tests(recipe):
+    args = parsed(recipe, "--model", "vit_large_patch16_224", NPROC_PER_NODE=3)
+    assert (args.eval, args.finetune, args.update_freq) == (True, os.devnull, 1)
+    assert (args.model, args.data_set) == ("vit_large_patch16_224", SETS[recipe.parent.name])
+
+
+def test_finetuning_from_scratch_loads_nothing():
+    assert parsed(FINETUNE_ADAMAE, MODEL="scratch").finetune == ""
+
+
+def test_documents_name_only_flags_of_the_programs():
+    tools = set(re.findall(r'"(--[a-z_]+)"', "".join(p.read_text() for p in ROOT.glob("tools/*.py"))))
+    declared = {
+        "PRETRAIN.md": flags_of("run_mae_pretraining.py"),
+        "FINETUNE.md": flags_of("run_class_finetuning.py") | tools,
+        "DATASET.md": flags_of(*PARSERS),
+    }
+    for name, known in declared.items():
         named = set(re.findall(r"--[a-z][a-z_]*", (ROOT / name).read_text()))
-        assert named - {"--help"} <= declared
+        assert named - {"--help", "--nodes"} <= known, name
+
+
+# --- how a recipe is started --------------------------------------------------------------------------------
 
 
 def test_arguments_and_environment_override_the_recipe(tmp_path):
@@ -149,8 +248,8 @@ def test_slurm_job_starts_one_task_per_gpu():
 
 def test_slurm_wrapper_runs_the_recipe():
     job = {"SLURM_JOB_ID": 7, "SLURM_NNODES": 8, "SLURM_NTASKS_PER_NODE": 8}
-    wrapper = ROOT / "scripts/slurm_pretrain.sh"
-    done = run(wrapper, str(ADAMAE), "--epochs", "3", DRY_RUN=1, DATA_PATH="train.csv", **job)
+    wrapper = ROOT / "scripts/slurm.sh"
+    done = run(wrapper, str(ADAMAE), "--epochs", "3", DRY_RUN=1, DATA_PATH="the data", **job)
     assert shlex.split(done.stdout) == command_of(ADAMAE, "--epochs", "3", **job)
     assert "name the recipe" in run(wrapper).stderr
 
@@ -170,6 +269,24 @@ def test_slurm_wrapper_runs_the_recipe():
 )
 def test_wrong_setting_is_one_line_that_says_what_to_change(environment, message):
     done = run(ADAMAE, **({"DRY_RUN": 1, "DATA_PATH": "train.csv", "NPROC_PER_NODE": 1} | environment))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "environment", "message"),
+    [
+        (FINETUNE_ADAMAE, {}, "MODEL is not set: the pre-trained checkpoint to start from"),
+        (FINETUNE_ADAMAE, {"MODEL": "no.pth"}, "MODEL=no.pth does not exist"),
+        (PROBES[0], {"MODEL": "scratch"}, "MODEL=scratch does not exist: the pre-trained checkpoint to probe"),
+        (EVALUATE, {}, "MODEL is not set: the fine-tuned checkpoint to test"),
+        (EVALUATE, {"MODEL": os.devnull, "DATA_PATH": ""}, "folder of train.csv, val.csv and test.csv"),
+    ],
+)
+def test_missing_checkpoint_is_one_line_that_says_so(recipe, environment, message):
+    done = run(recipe, **({"DRY_RUN": 1, "DATA_PATH": "folder", "NPROC_PER_NODE": 1} | environment))
     assert done.returncode == 1
     assert done.stdout == ""
     assert message in done.stderr
