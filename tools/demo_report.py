@@ -4,8 +4,10 @@
         --models adaptive=output/demo/adaptive random=output/demo/random
 
 For each model: the reconstruction error of masked tokens, of all and of the foreground's, beside the cost of
-predicting each patch's mean; and for an adaptive sampler how much of its probability lies on the foreground,
-over uniform, beside what the error map predicts and the entropy of P. Writes report.json and report.png.
+predicting each patch's mean. For an adaptive sampler: how much of its probability lies on the foreground, over
+uniform, beside what the error map predicts, and the entropy of P. The sampling loss is at rest where P is
+proportional to the error that a token has when it is masked times how often the sampler masks it, so that map is
+taken under the sampler's own masks. Writes report.json and report.png.
 """
 
 import argparse
@@ -17,7 +19,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from torch.nn.functional import avg_pool3d
+from torch.nn.functional import adaptive_avg_pool3d
+from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,7 +29,6 @@ from checkpoint import epoch_checkpoints, load_pretrain_model, read_checkpoint
 from frame_indices import pretrain_indices
 from lists import read_list
 from masking_generator import MaskingGenerator
-from modeling_finetune import TUBELET
 from targets import reconstruction_error, reconstruction_targets
 from video import open_video
 
@@ -37,16 +39,16 @@ FOREGROUND = 0.5  # a token belongs to the foreground when at least so much of i
 NUM_MASKS = 4  # random masks a clip
 
 
-def load_clips(list_path: Path, num_frames: int, sampling_rate: int, patch: int):
-    """Clips uint8 (n,3,T,H,W) of a demo list and the foreground's share of each token, (n,N) in [0,1]."""
+def load_clips(list_path: Path, num_frames: int, sampling_rate: int, size: int, window: tuple[int, int, int]):
+    """Whole clips uint8 (n,3,T,S,S) of a demo list, and the foreground's share of each token, (n,N) in [0,1]."""
     clips, shares = [], []
     for record in tqdm(read_list(list_path), desc="decoding", disable=not sys.stderr.isatty()):
         with open_video(record.path) as video:
             indices = pretrain_indices(0, video.num_frames, num_frames, sampling_rate)
-            clips.append(video.get_frames(indices).transpose(0, 1))
+            frames = resize(video.get_frames(indices), [size, size], antialias=True)  # (T,3,S,S)
+        clips.append(frames.transpose(0, 1))
         mask = np.load(Path(record.path).with_suffix(".npz"))["mask"][indices]  # (T,H,W)
-        share = avg_pool3d(torch.from_numpy(mask)[None].float(), (TUBELET, patch, patch))
-        shares.append(share.flatten())
+        shares.append(adaptive_avg_pool3d(torch.from_numpy(mask)[None].float(), window).flatten())
     return torch.stack(clips), torch.stack(shares)
 
 
@@ -54,7 +56,7 @@ def load_clips(list_path: Path, num_frames: int, sampling_rate: int, patch: int)
 def judge(model, clips: torch.Tensor, shares: torch.Tensor, ratio: float, batch_size: int = 50) -> dict:
     """The statistics of one model on clips uint8 (n,3,T,H,W); every model is shown the same random masks."""
     masking = MaskingGenerator(mask_type="random", mask_ratio=ratio, window=model.window)
-    error, zero, times = (torch.zeros_like(shares) for _ in range(3))  # sums over the masks, (n,N)
+    error, zero, times, own = (torch.zeros_like(shares) for _ in range(4))  # sums over the masks, (n,N)
     probs = torch.zeros_like(shares)
     torch.manual_seed(0)
     for rows in torch.arange(len(clips)).split(batch_size):
@@ -63,13 +65,16 @@ def judge(model, clips: torch.Tensor, shares: torch.Tensor, ratio: float, batch_
             visible = masking(torch.zeros_like(shares[rows]).log_softmax(1)).visible
             out = model(normalize(pixels), visible)
             target = reconstruction_targets(pixels, out.masked, model.patch)
-            error[rows] += scattered(
-                reconstruction_error(out.prediction, target), out.masked, masking.num_tokens
-            )
+            error[rows] += scattered(reconstruction_error(out.prediction, target), out.masked, masking.num_tokens)
             zero[rows] += scattered(target.square().mean(2), out.masked, masking.num_tokens)
             times[rows] += scattered(torch.ones_like(target[:, :, 0]), out.masked, masking.num_tokens)
-        if out.log_probs is not None:
-            probs[rows] = out.log_probs.exp()
+            if out.log_probs is not None:
+                out = model(normalize(pixels))  # masks of the sampler's own
+                target = reconstruction_targets(pixels, out.masked, model.patch)
+                own[rows] += scattered(
+                    reconstruction_error(out.prediction, target), out.masked, masking.num_tokens
+                )
+                probs[rows] = out.log_probs.exp()
 
     foreground = shares >= FOREGROUND
     result = {
@@ -78,11 +83,14 @@ def judge(model, clips: torch.Tensor, shares: torch.Tensor, ratio: float, batch_
         "foreground_error": ratio_of(error[foreground], times[foreground]),
         "foreground_error_predicting_means": ratio_of(zero[foreground], times[foreground]),
         "foreground_share": shares.mean().item(),
-        "foreground_mass_of_error_map": mass_over_uniform(error / times.clamp_min(1), shares),
     }
     if out.log_probs is not None:
         entropy = -(probs * probs.clamp_min(1e-30).log()).sum(1).mean() / math.log(masking.num_tokens)
-        result |= {"foreground_mass": mass_over_uniform(probs, shares), "entropy": entropy.item()}
+        result |= {
+            "foreground_mass": mass_over_uniform(probs, shares),
+            "foreground_mass_predicted": mass_over_uniform(own, shares),
+            "entropy": entropy.item(),
+        }
     return result
 
 
@@ -126,8 +134,10 @@ def draw(report: dict, curves: dict[str, list[dict]], path: Path) -> None:
 
     adaptive = next((r for r in report.values() if "foreground_mass" in r), None)
     if adaptive is not None:
-        values = [1.0, adaptive["foreground_mass"], adaptive["foreground_mass_of_error_map"]]
-        bars = right.bar(["uniform", "sampler's P", "error map"], values, color=["grey", "C0", "C2"])
+        values = [1.0, adaptive["foreground_mass"], adaptive["foreground_mass_predicted"]]
+        bars = right.bar(
+            ["uniform", "sampler's P", "predicted by\nthe error map"], values, color=["grey", "C0", "C2"]
+        )
         right.bar_label(bars, fmt="%.2f")
         right.set(
             title=f"mass on the foreground / uniform   (entropy of P {adaptive['entropy']:.3f} log N)",
@@ -137,9 +147,7 @@ def draw(report: dict, curves: dict[str, list[dict]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="list of held-out demo videos")
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER", help="output folders")
     parser.add_argument("--output", type=Path, required=True, help="folder of report.json and report.png")
@@ -150,7 +158,8 @@ def main() -> None:
         checkpoint = epoch_checkpoints(folder)[0]
         flags = read_checkpoint(checkpoint)["args"]
         model = load_pretrain_model(checkpoint)
-        clips, shares = load_clips(args.data, flags["num_frames"], flags["sampling_rate"], model.patch)
+        size = model.window[1] * model.patch
+        clips, shares = load_clips(args.data, flags["num_frames"], flags["sampling_rate"], size, model.window)
         report[name] = judge(model, clips, shares, flags["mask_ratio"])
         curves[name] = [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
         report[name]["seconds"] = sum(epoch["seconds"] for epoch in curves[name])
