@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoint import check_resumable, newest_checkpoint, read_checkpoint
+from checkpoint import CheckpointError, check_resumable, newest_checkpoint, read_checkpoint
 from logs import Console
 from optim import Engine, cosine_schedule, create_optimizer, resolve_amp
 from utils import World
@@ -200,6 +200,12 @@ def resume(args: argparse.Namespace, engine: Engine, model_settings: dict, conso
         return None
     path, state = found
     check_resumable(path, state.get("model_settings", {}), model_settings)
-    engine.load_state_dict(state)
+    try:
+        engine.load_state_dict(state)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint that this run can go on from ({error}): start from its weights with "
+            "--finetune, or use another --output_dir"
+        ) from error
     console.say(f"resumed {path}: {state['epoch'] + 1} of {args.epochs} epochs are done")
     return state

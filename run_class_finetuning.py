@@ -286,7 +286,7 @@ def train(run: Run) -> None:
         ),
     }
     start_epoch = run.state["epoch"] + 1 if run.state else args.start_epoch
-    best = run.state["best"] if run.state else {"top1": -1.0}
+    best = (run.state or {}).get("best", {"top1": -1.0})
     run.console.start(start_epoch * steps_per_epoch(args, run.loaders))
     for epoch in range(start_epoch, args.epochs):
         loader.sampler.set_epoch(epoch)
