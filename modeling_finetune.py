@@ -205,6 +205,8 @@ class VisionTransformer(nn.Module):
         init_values: start of LayerScale; 0 is without.
         init_scale: factor on the head's initial weights.
         mean_pooling: average the tokens, without the class token; else take the first one.
+        slot_pooling: with mean pooling, average each time slot and classify them side by side, which keeps
+            the order of events; not in the papers.
         class_token: put a learnable token in front of the clip's.
         separate_qkv: see `Blocks`.
         encoder_norm: normalise the average by the encoder's own `norm` (MAE-ST), not by a fresh `fc_norm`.
@@ -231,6 +233,7 @@ class VisionTransformer(nn.Module):
         init_values: float = 0.0,
         init_scale: float = 0.001,
         mean_pooling: bool = True,
+        slot_pooling: bool = False,
         class_token: bool = False,
         separate_qkv: bool = False,
         encoder_norm: bool = False,
@@ -240,6 +243,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.window, self.patch, self.dim, self.depth = window, patch, size.dim, size.depth
         self.heads, self.mean_pooling, self.pos_kind = size.heads, mean_pooling, pos_embed
+        self.slots = window[0] if slot_pooling else 1
         self.patch_embed = TubeletEmbed(patch=patch, dim=size.dim, tubelet=tubelet)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim)) if class_token else None
         self._create_positions()
@@ -259,7 +263,7 @@ class VisionTransformer(nn.Module):
         fresh = mean_pooling and not encoder_norm
         self.norm, self.fc_norm = (None, norm) if fresh else (norm, None)
         self.fc_drop = nn.Dropout(fc_drop)
-        self.head = nn.Linear(size.dim, num_classes)
+        self.head = nn.Linear(size.dim * self.slots, num_classes)
         self._initialise(init_scale)
 
     def _create_positions(self) -> None:
@@ -340,12 +344,15 @@ class VisionTransformer(nn.Module):
         return (self.norm if self.fc_norm is None else self.fc_norm)(x)
 
     def forward_features(self, clip: Tensor) -> Tensor:
-        """The pooled and normalised vector that the head classifies: (B,D).
+        """The pooled and normalised vector that the head classifies: (B,D), with slot pooling (B,T'*D).
 
         With mean pooling it is `final_norm(forward_tokens(clip).mean(1))`.
         """
         x = self._encode(clip)  # (B,[1+]N,D)
-        return self.final_norm(self._without_class_token(x).mean(1) if self.mean_pooling else x[:, 0])
+        if not self.mean_pooling:
+            return self.final_norm(x[:, 0])
+        slots = self._without_class_token(x).unflatten(1, (self.slots, -1)).mean(2)  # (B,T' or 1,D)
+        return self.final_norm(slots).flatten(1)
 
     def forward(self, clip: Tensor) -> Tensor:
         return self.head(self.fc_drop(self.forward_features(clip)))  # (B,classes)

@@ -54,6 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--init_scale", default=0.001, type=float, help="scale of the head's initial weights")
     add("--use_mean_pooling", default=True, action="store_true", help="classify the mean of all tokens")
     add("--use_cls", dest="use_mean_pooling", action="store_false", help="classify the first token")
+    add("--slot_pooling", action="store_true", help="classify the means of the time slots side by side")
     add("--use_checkpoint", action="store_true", help="recompute activations: less memory, more time")
     add("--model_ema", action="store_true", help="keep a moving average of the weights, and evaluate it too")
     add("--model_ema_decay", default=0.9999, type=float, help="its decay per step")
@@ -71,6 +72,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--layer_decay", default=0.75, type=float, help="learning rate of a layer over that of the next")
     add("--smoothing", default=0.1, type=float, help="label smoothing")
     add("--aa", default="rand-m7-n4-mstd0.5-inc1", help="RandAugment policy, or none")
+    add("--crop_scale", default=[0.08, 1.0], type=float, nargs=2, help="area of the random crop")
     add("--reprob", default=0.25, type=float, help="probability of random erasing")
     add("--remode", default="pixel", choices=["pixel", "rand", "const"], help="what fills the erased box")
     add("--recount", default=1, type=int, help="erased boxes")
@@ -141,6 +143,7 @@ def check_settings(args: argparse.Namespace) -> tuple[dict, DataSet, dict[str, V
         "tubelet": args.tubelet_size,
         "pos_embed": args.pos_embed or trained_positions(args),
         "mean_pooling": args.use_mean_pooling,
+        "slot_pooling": args.slot_pooling,
         "drop": args.drop,
         "attn_drop": args.attn_drop_rate,
         "drop_path": args.drop_path,
@@ -148,9 +151,7 @@ def check_settings(args: argparse.Namespace) -> tuple[dict, DataSet, dict[str, V
         "init_scale": args.init_scale,
         "checkpoint_activations": args.use_checkpoint,
     }
-    lists = read_splits(
-        args.data_path, num_classes=data_set.num_classes, splits=splits, data_root=args.data_root
-    )
+    lists = read_splits(args.data_path, num_classes=data_set.num_classes, splits=splits, data_root=args.data_root)
     return model_settings, data_set, lists
 
 
@@ -243,6 +244,7 @@ def build_loaders(
             aa=args.aa,
             interpolation=args.train_interpolation,
             color_jitter=args.color_jitter,
+            scale=tuple(args.crop_scale),
         ),
         num_frames=model_settings["num_frames"],
         sampling_rate=args.sampling_rate,

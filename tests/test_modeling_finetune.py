@@ -430,3 +430,14 @@ def test_layers_of_a_probe(kind):
 def test_an_unknown_probe_is_refused():
     with pytest.raises(ValueError, match="probe cubic: no such kind"):
         make_probe(tiny(), kind="cubic")
+
+
+def test_slot_pooling_keeps_the_order_of_the_slots():
+    """Each slot's mean is normalised by itself and stands in its own place before the head."""
+    torch.manual_seed(0)
+    model = create_classifier("vit_tiny_patch8_64", num_classes=3, input_size=32, slot_pooling=True).eval()
+    clip = torch.randn(2, 3, 16, 32, 32)
+    tokens = model.forward_tokens(clip)  # (B,N,D)
+    expected = torch.cat([model.final_norm(slot.mean(1)) for slot in tokens.split(16, dim=1)], dim=1)
+    torch.testing.assert_close(model.forward_features(clip), expected)
+    assert model.head.in_features == 8 * 128

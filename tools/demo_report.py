@@ -140,7 +140,8 @@ def draw(report: dict, curves: dict[str, list[dict]], path: Path) -> None:
         )
         right.bar_label(bars, fmt="%.2f")
         right.set(
-            title=f"mass on the foreground / uniform   (entropy of P {adaptive['entropy']:.3f} log N)",
+            title="probability on the foreground / uniform",
+            xlabel=f"entropy of P: {adaptive['entropy']:.3f} of log N",
             ylim=(0, 1.2 * max(values)),
         )
     figure.savefig(path, dpi=110)
