@@ -111,9 +111,7 @@ def check_settings(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
     if not 0 < args.fps <= 50:
-        raise ValueError(
-            f"--fps {args.fps:g} must lie between 0 and 50, which is as fast as players show a GIF"
-        )
+        raise ValueError(f"--fps {args.fps:g} must lie between 0 and 50, which is as fast as players show a GIF")
     if args.error_top is not None and args.error_top <= 0:
         raise ValueError(f"--error_top {args.error_top:g} must be above 0")
     try:

@@ -1,0 +1,165 @@
+"""Predict the classes of videos with a fine-tuned model.
+
+    python tools/predict.py --model output/checkpoint-best.pth video.mp4 --labels labels.txt
+    python tools/predict.py --model output/checkpoint-best.pth folder --json predictions.json
+
+Takes classifiers and probes of this repository and of the published AdaMAE, VideoMAE and MAE-ST code. Of each
+video --segments x --crops views are shown to the model, as in the test that it was made for, and their softmax
+scores averaged. Folders are searched for videos, with their subfolders.
+
+A video that can't be read is reported and the others go on; the exit status is then 1.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
+
+from checkpoint import CheckpointError
+from datasets import EvalDataset
+from evaluation import fuse_views
+from inference import Trained, check_flags, find_videos, inference_parser, load_trained
+from lists import NO_LABEL, VideoList
+from loaders import build_evaluation_loader
+
+
+# fmt: off
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = inference_parser("predict.py", __doc__)
+    add = parser.add_argument_group("prediction").add_argument
+    add("--segments", type=int, help="temporal views of a video (default: as in the model's test)")
+    add("--crops", type=int, help="spatial views (default: as in the model's test)")
+    add("--labels", metavar="FILE", help="names of the classes, one a line, from class 0 on")
+    add("--topk", type=int, default=5, help="classes to tell of each video (default: %(default)s)")
+    add("--json", metavar="FILE", help="write JSON to this file; -: to standard output instead of the table")
+    return parser
+# fmt: on
+
+
+def read_labels(path: str, num_classes: int) -> list[str]:
+    """The names of the classes in a file. Raises ValueError where it has more or fewer than `num_classes`."""
+    names = Path(path).read_text(encoding="utf-8").rstrip().splitlines()
+    if len(names) != num_classes:
+        raise ValueError(
+            f"--labels {path} has {len(names)} lines and the model {num_classes} classes: "
+            "write one name a line, the first for class 0"
+        )
+    return [name.strip() for name in names]
+
+
+def build_loader(
+    trained: Trained, paths: Sequence[str], *, batch_size: int, decoder: str, num_workers: int
+) -> DataLoader:
+    """Batches of `batch_size` clips, at least one video with all of its views."""
+    clips, n = trained.clips, len(paths)
+    videos = VideoList(
+        list_path="", root="", paths=list(paths), labels=[NO_LABEL] * n, lines=list(range(1, n + 1))
+    )
+    dataset = EvalDataset(
+        videos=videos,
+        crops=clips.make_crops(clips.crops),
+        sampling=clips.sampling,
+        num_segments=clips.segments,
+        num_frames=clips.num_frames,
+        sampling_rate=clips.sampling_rate,
+        decoder=decoder,
+    )
+    workers = min(num_workers, n) if n > 1 else 0
+    return build_evaluation_loader(dataset, batch_size=batch_size, num_workers=workers)
+
+
+def score_videos(
+    trained: Trained, loader: DataLoader, *, clips_at_once: int
+) -> Iterator[tuple[int, Tensor | None, str]]:
+    """For each video its number and its mean softmax scores (K,), or None and why it can't be read.
+
+    The readable ones come in the order of the list.
+    """
+    for batch in loader:
+        for index, _, reason in batch["bad"]:
+            yield index, None, reason
+        if not len(batch["index"]):
+            continue
+        views = batch["clips"].flatten(0, 1)  # (n*V,3,T,S,S)
+        logits = torch.cat([trained.run(trained.model, part) for part in views.split(clips_at_once)])
+        logits = logits.unflatten(0, (len(batch["index"]), -1))  # (n,V,K)
+        scores, _ = fuse_views(logits, batch["label"], "softmax")
+        for index, row in zip(batch["index"].tolist(), scores, strict=True):
+            yield index, row, ""
+
+
+def best_classes(scores: Tensor, topk: int, names: Sequence[str] | None) -> list[dict]:
+    """The classes of the highest scores (K,), best first: class, label (None without names), score."""
+    top = scores.topk(min(topk, len(scores)))
+    return [
+        {"class": k, "label": names[k] if names else None, "score": round(score, 6)}
+        for score, k in zip(top.values.tolist(), top.indices.tolist(), strict=True)
+    ]
+
+
+def as_table(video: str, top: Sequence[dict]) -> str:
+    """A video and its best classes as lines of text."""
+    lines = [f"{100 * c['score']:7.2f} %  {c['label'] or 'class ' + str(c['class'])}" for c in top]
+    return "\n".join([video, *lines])
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Predicts every video; returns how many could not be read."""
+    check_flags(args, "segments", "crops", "topk")
+    paths = list(find_videos(args.videos))
+    trained = load_trained(args, lambda text: print(text, file=sys.stderr), headless=False)
+    clips, num_classes = trained.clips, trained.model.head.out_features
+    names = read_labels(args.labels, num_classes) if args.labels else None
+    print(f"{len(paths)} videos x {clips.segments} x {clips.crops} views", file=sys.stderr)
+    loader = build_loader(
+        trained, paths, batch_size=args.batch_size, decoder=args.decoder, num_workers=args.num_workers
+    )
+
+    predictions, unreadable = [], []
+    scored = score_videos(trained, loader, clips_at_once=args.batch_size)
+    for index, scores, reason in tqdm(scored, total=len(paths), unit="video", disable=None):
+        if scores is None:
+            unreadable.append({"video": paths[index], "reason": reason})
+            tqdm.write(f"predict.py: {paths[index]}: {reason}", file=sys.stderr)
+            continue
+        top = best_classes(scores, args.topk, names)
+        predictions.append({"video": paths[index], "top": top})
+        if args.json != "-":
+            tqdm.write(as_table(paths[index], top))
+
+    if args.json:
+        views = {"segments": clips.segments, "crops": clips.crops}
+        found = {"model": args.model, **views, "predictions": predictions, "unreadable": unreadable}
+        write_json(args.json, found)
+    return len(unreadable)
+
+
+def write_json(path: str, found: dict) -> None:
+    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_args_parser().parse_args(argv)
+    try:
+        failed = predict(args)
+    except (CheckpointError, ValueError, OSError) as error:
+        raise SystemExit(f"predict.py: error: {error}") from error
+    if failed:
+        raise SystemExit(f"predict.py: error: {failed} of the videos could not be read, see above")
+
+
+if __name__ == "__main__":
+    main()
