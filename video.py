@@ -282,6 +282,7 @@ class Video:
         if reader.misreads & index.traits:
             reader = PyAV
         self.path, self.num_frames, self.fps, self.size = path, index.num_frames, index.fps, index.size
+        self._index = index
         with _video_errors(path):
             self._reader = reader(path, index)
 
@@ -302,8 +303,19 @@ class Video:
             asked = f"{distinct[0]} to {distinct[-1]}" if len(distinct) else "none"
             raise VideoError(self.path, f"has frames 0 to {self.num_frames - 1}, asked for {asked}")
         with _video_errors(self.path):
-            frames = self._reader.read(distinct.tolist())  # (U,H,W,3)
+            frames = self._read(distinct.tolist())  # (U,H,W,3)
             return frames[torch.from_numpy(place)].permute(0, 3, 1, 2)  # (T,3,H,W)
+
+    def _read(self, indices: list[int]) -> torch.Tensor:
+        """What another library refuses (decord: frames 40 or 48 pixels wide) PyAV gets to read, or to refuse."""
+        try:
+            return self._reader.read(indices)
+        except Exception:
+            if isinstance(self._reader, PyAV):
+                raise
+            self._reader.close()
+            self._reader = PyAV(self.path, self._index)
+            return self._reader.read(indices)
 
 
 def open_video(path, decoder: str = "auto") -> Video:
