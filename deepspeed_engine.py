@@ -56,9 +56,7 @@ class DeepSpeedEngine(Engine):
             raise ValueError(f"--zero_stage {zero_stage}: it is 0, 1 or 2")
         if zero_stage and not isinstance(optimizer, ELEMENTWISE):
             name = type(optimizer).__name__
-            raise ValueError(
-                f"--zero_stage {zero_stage} cannot shard {name}: use --zero_stage 0 or --opt adamw"
-            )
+            raise ValueError(f"--zero_stage {zero_stage} cannot shard {name}: use --zero_stage 0 or --opt adamw")
         deepspeed = import_deepspeed(device)
         super().__init__(model, optimizer, device=device, **settings)
         self.groups = [group["params"] for group in optimizer.param_groups]  # ZeRO replaces them by flat ones

@@ -85,9 +85,7 @@ def confusion_matrix(scores: Scores) -> np.ndarray:
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def write_results(
-    folder: Path, scores: Scores, videos: VideoList, class_names: list[str] | None = None
-) -> None:
+def write_results(folder: Path, scores: Scores, videos: VideoList, class_names: list[str] | None = None) -> None:
     """predictions.csv, scores.npz, confusion.csv, confusion.png, and unreadable.csv where there are any."""
     folder.mkdir(parents=True, exist_ok=True)
     names = class_names or [str(k) for k in range(scores.fused.shape[1])]

@@ -74,9 +74,7 @@ def read_list(list_path: str | Path, data_root: str | Path | None = None) -> Vid
     root = Path(list_path).parent if data_root is None else Path(data_root)
     if not Path(list_path).is_file():
         what = "is a folder" if Path(list_path).is_dir() else "does not exist"
-        raise ListError(
-            f"the list of videos {list_path} {what}: set --data_path to a text file of `path label`"
-        )
+        raise ListError(f"the list of videos {list_path} {what}: set --data_path to a text file of `path label`")
     if not root.is_dir():
         raise ListError(f"the folder of the videos {root} does not exist: set --data_root to it")
     paths, labels, numbers = [], [], []

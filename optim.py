@@ -14,9 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
-def parameter_groups(
-    model: nn.Module, *, weight_decay: float, layer_decay: float | None = None
-) -> list[dict]:
+def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: float | None = None) -> list[dict]:
     """The trained parameters, one group per layer and per weight decay or none; frozen ones are left out.
 
     Not decayed are one-dimensional parameters, biases, and the names in the model's `no_weight_decay()`. With
@@ -83,9 +81,7 @@ def create_optimizer(
         expected = info.num_betas if info.has_betas else 0
         if len(betas) != expected:
             given = " ".join(map(str, betas))
-            raise ValueError(
-                f"--opt_betas {given}: {opt} takes {expected or 'no'} betas; change or drop them"
-            )
+            raise ValueError(f"--opt_betas {given}: {opt} takes {expected or 'no'} betas; change or drop them")
         settings["betas"] = tuple(betas)
     if opt in ("adam", "adamw"):
         settings["fused"] = True
@@ -93,9 +89,7 @@ def create_optimizer(
     if info.opt_class is Lars:
         for group in groups:
             group["always_adapt"] = all(p.ndim > 1 for p in group["params"])
-    return create_optimizer_v2(
-        groups, opt=opt, lr=lr, weight_decay=weight_decay, momentum=momentum, **settings
-    )
+    return create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=weight_decay, momentum=momentum, **settings)
 
 
 def cosine_schedule(

@@ -354,9 +354,7 @@ def training_picture(
         model: without DDP's wrapper; its mode, gradients and the random state are left as they were.
         pixels: a few clips (B,3,T,H,W) float32 in [0,1] on the model's device.
     """
-    rec = reconstruct(
-        model, pixels, normalize_target=normalize_target, normalization=normalization, seed=seed
-    )
+    rec = reconstruct(model, pixels, normalize_target=normalize_target, normalization=normalization, seed=seed)
     panels = five_panels(rec)
     cells = np.stack([p.frames[:, pixels.shape[2] // 2] for p in panels], axis=1)  # (B,5,H,W,3)
     return draw_grid(cells, columns=[p.label for p in panels])

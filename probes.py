@@ -63,11 +63,7 @@ class Probe(nn.Module):
     def forward_features(self, clip: Tensor) -> Tensor:
         """What the linear layer sees: (B,D)."""
         with torch.no_grad():
-            x = (
-                self.encoder.forward_features(clip)
-                if self.pool is None
-                else self.encoder.forward_tokens(clip)
-            )
+            x = self.encoder.forward_features(clip) if self.pool is None else self.encoder.forward_tokens(clip)
         return self.norm(x if self.pool is None else self.pool(x))  # (B,D)
 
     def forward(self, clip: Tensor) -> Tensor:

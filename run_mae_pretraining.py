@@ -195,9 +195,7 @@ def train(run: Run) -> None:
             normalization=normalization,
             schedule=run.schedule,
             seed=args.seed,
-            progress=Progress(
-                world=run.world, console=console, log=run.log, epoch=epoch, log_freq=args.log_freq
-            ),
+            progress=Progress(world=run.world, console=console, log=run.log, epoch=epoch, log_freq=args.log_freq),
         )
         run.log.epoch({"epoch": epoch, **means})
         is_last = epoch + 1 == args.epochs

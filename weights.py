@@ -156,9 +156,7 @@ def _classifier_name(found: Weights, path: str | Path) -> str:
         same_family = (CLASSIFIERS[name] == MAE_ST) == found.kind.startswith("MAE-ST")
         if same_family and shape == (size.dim, size.depth, patch):
             return name
-    raise CheckpointError(
-        f"{path}: no known classifier is a {found.kind} model of {_described(found.tensors)}"
-    )
+    raise CheckpointError(f"{path}: no known classifier is a {found.kind} model of {_described(found.tensors)}")
 
 
 def _load(model: nn.Module, found: Weights, path: str | Path) -> LoadReport:

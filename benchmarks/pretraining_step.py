@@ -56,9 +56,7 @@ def published_way(device, amp, settings):
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
     encoder, num_visible = model.encoder, model.masking.num_visible
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, foreach=False
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, foreach=False)
     mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
 
     def forward(clip):
@@ -146,9 +144,7 @@ def measure(name: str, precision: str, settings: argparse.Namespace) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--mask_ratio", type=float, default=0.95)
     parser.add_argument("--precision", nargs="+", default=["off", "bf16"], choices=["off", "bf16", "fp16"])

@@ -260,9 +260,7 @@ def test_weights_are_found_under_their_key(tmp_path, state, key, expected):
 
 def test_an_absent_key_names_what_there_is(tmp_path):
     save_checkpoint(tmp_path / "a.pth", {"model": {"w": torch.zeros(1)}, "epoch": 3})
-    with pytest.raises(
-        CheckpointError, match=r"no weights under model_ema .*--model_key.* holds model, epoch"
-    ):
+    with pytest.raises(CheckpointError, match=r"no weights under model_ema .*--model_key.* holds model, epoch"):
         load_weights(tmp_path / "a.pth", model_key="model_ema")
 
 

@@ -241,9 +241,7 @@ def test_validation_is_the_middle_clip_or_a_drawn_one(videos):
     starts = [numbers(drawn[i]["clips"][0])[0] for i in range(7)]
     assert starts == [numbers(drawn[i]["clips"][0])[0] for i in range(7)]
     assert len(set(starts)) > 3
-    assert starts != [
-        numbers(evaluation(videos, random_clips=True, seed=1)[i]["clips"][0])[0] for i in range(7)
-    ]
+    assert starts != [numbers(evaluation(videos, random_clips=True, seed=1)[i]["clips"][0])[0] for i in range(7)]
 
 
 @pytest.mark.parametrize(
@@ -316,8 +314,7 @@ def test_ranks_see_every_video_once_whatever_the_remainder(num_videos, world_siz
     assert sorted(i for rank in ranks for i in rank) == list(range(num_videos))
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
     alone = [
-        EvalSampler(num_videos=num_videos, rank=r, world_size=world_size, spread=False)
-        for r in range(world_size)
+        EvalSampler(num_videos=num_videos, rank=r, world_size=world_size, spread=False) for r in range(world_size)
     ]
     assert [list(rank) for rank in alone] == [list(range(num_videos))] + [[]] * (world_size - 1)
 

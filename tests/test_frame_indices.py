@@ -69,9 +69,7 @@ def test_dense_clip(row):
 @needs_golden
 @rows("k400_test_views")
 def test_dense_views(row):
-    views = frame_indices.dense_views(
-        *numbers(row, "num_frames", "clip_len", "sampling_rate", "test_num_segment")
-    )
+    views = frame_indices.dense_views(*numbers(row, "num_frames", "clip_len", "sampling_rate", "test_num_segment"))
     assert views.tolist() == row["views"]
 
 

@@ -192,9 +192,7 @@ def tiny(name: str = TINY, **settings) -> VisionTransformer:
 
 
 def clips(batch: int = 2, num_frames: int = 8, input_size: int = 16) -> torch.Tensor:
-    return torch.randn(
-        batch, 3, num_frames, input_size, input_size, generator=torch.Generator().manual_seed(1)
-    )
+    return torch.randn(batch, 3, num_frames, input_size, input_size, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("name", [TINY, TINY_MAE_ST])

@@ -128,8 +128,7 @@ def test_parameter_groups_equal_the_published_ones(name):
     )
     names = {id(p): n for n, p in model.named_parameters()}
     ours = {
-        (g["weight_decay"], g["lr_scale"]): {names[id(p)] for p in g["params"]}
-        for g in optimizer.param_groups
+        (g["weight_decay"], g["lr_scale"]): {names[id(p)] for p in g["params"]} for g in optimizer.param_groups
     }
     assert len(ours) == len(optimizer.param_groups)
     assert ours == {(g["weight_decay"], g.get("lr_scale", 1.0)): set(g["params"]) for g in golden}

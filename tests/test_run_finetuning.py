@@ -172,9 +172,7 @@ def test_logits_can_be_averaged_instead(straight, data, tmp_path):
 def test_probes_train_the_head_alone(data, pretrained, tmp_path, flags):
     finetune(data, tmp_path, "--finetune", pretrained, "--epochs", "1", *flags)
     trained, before = weights(tmp_path / "checkpoint-0.pth"), weights(pretrained)
-    assert torch.equal(
-        trained["encoder.blocks.0.attn.qkv.weight"], before["encoder.blocks.0.attn.qkv.weight"]
-    )
+    assert torch.equal(trained["encoder.blocks.0.attn.qkv.weight"], before["encoder.blocks.0.attn.qkv.weight"])
     assert result(tmp_path)["videos"] == 7
     again = tmp_path / "again"
     finetune(data, again, "--eval", "--finetune", tmp_path / "checkpoint-best.pth", *flags)
@@ -185,7 +183,19 @@ def test_probes_train_the_head_alone(data, pretrained, tmp_path, flags):
     "flags",
     [
         ["--sampling", "segments", "--flip", "false", "--update_freq", "2", "--clip_grad", "1", "--slot_pooling"],
-        ["--use_cls", "--use_checkpoint", "--drop", "0.1", "--aa", "none", "--amp", "bf16", "--crop_scale", "0.5", "1"],
+        [
+            "--use_cls",
+            "--use_checkpoint",
+            "--drop",
+            "0.1",
+            "--aa",
+            "none",
+            "--amp",
+            "bf16",
+            "--crop_scale",
+            "0.5",
+            "1",
+        ],
         ["--model", "vit_tiny_mae_st_patch8_64", "--fc_drop_rate", "0.3", "--num_frames", "8"],
         ["--enable_deepspeed", "--zero_stage", "1"],
         ["--disable_eval_during_finetuning", "--no_save_ckpt", "--recount", "2", "--num_sample", "2"],

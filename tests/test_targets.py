@@ -62,9 +62,7 @@ def test_errors_are_computed_in_float32():
     torch.testing.assert_close(error, (prediction.float() - target).pow(2).mean(2))
     difference = prediction.float() - target
     torch.testing.assert_close(reconstruction_error(prediction, target, "l1"), difference.abs().mean(2))
-    torch.testing.assert_close(
-        reconstruction_error(prediction, target, "l2"), difference.square().sum(2).sqrt()
-    )
+    torch.testing.assert_close(reconstruction_error(prediction, target, "l2"), difference.square().sum(2).sqrt())
 
 
 @needs_golden

@@ -62,9 +62,7 @@ def by_token(frames, rec):
 @pytest.mark.parametrize("mask_type", ["adaptive", "tube"])
 def test_five_panels_of_every_frame(pixels, mask_type):
     shown = panels.five_panels(panels.reconstruct(make_model(mask_type=mask_type), pixels))
-    assert [p.label.title.split()[0] for p in shown] == [
-        *("video", "prediction", "error", "probability", "mask")
-    ]
+    assert [p.label.title.split()[0] for p in shown] == [*("video", "prediction", "error", "probability", "mask")]
     assert all(p.frames.shape == (2, 8, 32, 32, 3) and p.frames.dtype == np.uint8 for p in shown)
     assert np.array_equal(shown[0].frames, frames_of(pixels))
 

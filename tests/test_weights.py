@@ -318,9 +318,7 @@ def test_a_file_of_another_model_is_refused(tmp_path):
 # --- position tables ---
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [((4, 3, 3), (8, 3, 3)), ((4, 3, 3), (4, 6, 6)), ((2, 4, 4), (5, 7, 7))]
-)
+@pytest.mark.parametrize(("old", "new"), [((4, 3, 3), (8, 3, 3)), ((4, 3, 3), (4, 6, 6)), ((2, 4, 4), (5, 7, 7))])
 def test_resizing_keeps_what_does_not_vary(old, new):
     """A table constant in time or in space stays so, and its values."""
     slots, slices = torch.randn(old[0], 1, 1, 6), torch.randn(1, *old[1:], 6)
@@ -373,9 +371,7 @@ def test_a_joint_table_keeps_the_row_of_the_class_token(tmp_path, told):
     state = {"model": source.state_dict(), **({"args": argparse.Namespace(num_frames=8)} if told else {})}
     load_classifier_weights(model, save(tmp_path, state), report=quiet)
     assert torch.equal(model.pos_embed[:, :1], source.pos_embed[:, :1])
-    assert torch.equal(
-        model.pos_embed[:, 1:], resize_positions(source.pos_embed[:, 1:], (4, 4, 4), (4, 8, 8))
-    )
+    assert torch.equal(model.pos_embed[:, 1:], resize_positions(source.pos_embed[:, 1:], (4, 4, 4), (4, 8, 8)))
 
 
 def test_the_file_tells_the_window_of_a_joint_table(tmp_path):
