@@ -4,6 +4,7 @@ Parameter groups, schedules, precision, gradient accumulation, clipping, the mov
 the distributed wrapper, behind three verbs: `engine(x)`, `engine.backward(loss)`, `engine.step()`.
 """
 
+import gc
 import math
 
 import torch
@@ -237,6 +238,15 @@ class Engine:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def close(self) -> None:
+        """Lets go of the distributed wrapper; call it before the process group is destroyed.
+
+        Otherwise the wrapper holds the group's last reference, and the destructor of gloo's group, run under
+        Python's lock, can wait for ever for a thread that wants the lock.
+        """
+        self.forward_model = self.module
+        gc.collect()  # DistributedDataParallel is part of reference cycles
 
     def state_dict(self) -> dict:
         """Weights, optimiser, scaler and moving average, under the published checkpoints' keys.

@@ -419,6 +419,7 @@ def test(run: Run) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The program: a wrong setting ends it with one line on stderr and status 1."""
     args = get_args_parser().parse_args(argv)
+    run = None
     try:
         run = assemble(args)
         if not args.eval:
@@ -429,6 +430,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, CheckpointError, FloatingPointError) as error:
         raise SystemExit(f"run_class_finetuning.py: error: {error}") from error
     finally:
+        if run is not None:
+            run.engine.close()
         stop_world()
 
 

@@ -235,12 +235,15 @@ def draw(run: Run, epoch: int, normalization: tuple) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The program: a wrong setting ends it with one line on stderr and status 1."""
     args = get_args_parser().parse_args(argv)
+    run = None
     try:
         run = assemble(args)
         train(run)
     except (ValueError, CheckpointError, FloatingPointError) as error:
         raise SystemExit(f"run_mae_pretraining.py: error: {error}") from error
     finally:
+        if run is not None:
+            run.engine.close()
         stop_world()
 
 
