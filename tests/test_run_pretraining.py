@@ -9,8 +9,10 @@ from golden import ROOT
 from programs import Done, start, start_process
 from videos import write_video
 
-from flags import AT_LEAST_ONE
-from run_mae_pretraining import get_args_parser, main
+from flags import AT_LEAST_ONE, build_engine, build_schedule
+from modeling_pretrain import create_pretrain_model
+from run_mae_pretraining import check_settings, get_args_parser, main
+from utils import World
 
 PROGRAM = "run_mae_pretraining.py"
 TINY = ["--model", "pretrain_videomae_tiny_patch8_64", "--input_size", "32", "--mask_ratio", "0.9"]
@@ -234,6 +236,20 @@ def test_every_flag_is_read():
     for action in get_args_parser()._actions:
         if action.dest != "help":
             assert f"args.{action.dest}" in source or action.dest in AT_LEAST_ONE, action.dest
+
+
+def test_flags_reach_model_engine_and_schedule(data):
+    flags = "--drop_path 0.3 --use_checkpoint --clip_grad 0.5 --weight_decay_end 0.2 --warmup_steps 3 --compile"
+    args = get_args_parser().parse_args([*SMALL_RUN, *flags.split(), "--data_path", str(data / "list.csv")])
+    model_settings, _ = check_settings(args)
+    model = create_pretrain_model(**model_settings)
+    assert model.encoder.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
+    assert model.encoder.blocks.checkpoint_activations and model.decoder.blocks.checkpoint_activations
+    engine = build_engine(args, model, World(torch.device("cpu"), 0, 1))
+    assert engine.clip_grad == 0.5 and model._compiled_call_impl is not None
+    schedule = build_schedule(args, 256, 50)
+    assert schedule(0)[0] == 0 and schedule(2)[0] == args.lr > schedule(4)[0]
+    assert schedule(0)[1] == pytest.approx(args.weight_decay) and schedule(99)[1] == pytest.approx(0.2, abs=1e-3)
 
 
 def test_published_flags_and_defaults():
