@@ -48,6 +48,9 @@ HUGGING_FACE_NAMES = {
 }
 
 
+LAST = "checkpoint-last.pth"
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that can't be used; the message names the file and says why and what to do."""
 
@@ -73,6 +76,11 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name too outlives a power cut
+        finally:
+            os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -120,13 +128,33 @@ def epoch_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def newest_checkpoint(output_dir: str | Path, report: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """The newest readable checkpoint of a folder and its content; a damaged one is reported, then passed."""
-    for path in epoch_checkpoints(output_dir):
+    """The readable checkpoint of a folder that is furthest, and its content.
+
+    It looks at checkpoint-<epoch>.pth and at checkpoint-last.pth. A damaged one is reported, then passed over.
+    """
+    last = Path(output_dir) / LAST
+    done = {path: (int(path.stem.rpartition("-")[2]), 0) for path in epoch_checkpoints(output_dir)}
+    if last.is_file():
+        done[last] = _position(last)
+    for path in sorted(done, key=done.get, reverse=True):
         try:
             return path, read_checkpoint(path)
         except CheckpointError as error:
             report(f"{error}; trying an older one")
     return None
+
+
+def _position(path: Path) -> tuple[float, int]:
+    """The last whole epoch of a checkpoint and the batches after it; a file that can't be read comes first.
+
+    Only the head of the file is read.
+    """
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return state["epoch"], state.get("batch", 0)
+    except Exception:  # whatever a damaged file makes torch raise; `read_checkpoint` will tell
+        return float("inf"), 0
 
 
 def check_resumable(path: Path, old: dict, new: dict) -> None:

@@ -24,6 +24,7 @@ from frame_indices import (
     segment_clip,
     segment_views,
 )
+from isolation import Isolated
 from lists import VideoList
 from video import Video, VideoError, open_video
 
@@ -141,6 +142,8 @@ class TrainDataset(Dataset):
     num_frames, sampling_rate: frames of a clip, and the step between them in frames of the video.
     num_sample: clips of one video out of one decoding.
     decoder: as `open_video` takes it. max_tries: how many videos in all are tried for one sample.
+    decode_timeout: seconds after which a video counts as unreadable, as does one that crashes its decoder;
+        0 decodes in the calling process, without a limit.
     """
 
     def __init__(
@@ -154,6 +157,7 @@ class TrainDataset(Dataset):
         seed: int = 0,
         decoder: str = "auto",
         max_tries: int = 10,
+        decode_timeout: float = 0,
     ):
         self.videos = videos
         self.transform = transform
@@ -163,6 +167,7 @@ class TrainDataset(Dataset):
         self.seed = seed
         self.decoder = decoder
         self.max_tries = max_tries
+        self.load = Isolated(self._load, decode_timeout)
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -170,27 +175,34 @@ class TrainDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """(epoch, index) -> clips uint8 (num_sample,C,T,S,S), index, label (NO_LABEL: unknown), bad.
 
-        A video that cannot be read is replaced by one drawn from the sample's own generator: `bad` lists the
-        (path, reason) of those, and `index` and `label` are those of the video shown. Raises
+        A video that cannot be read is replaced by one that is drawn from (seed, epoch, index, attempt): `bad`
+        lists the (path, reason) of those, and `index` and `label` are those of the video shown. Raises
         NoReadableVideoError when `max_tries` videos have failed.
         """
         epoch, index = key
-        rng = np.random.default_rng([self.seed, epoch, index])
         bad = []
-        while len(bad) < self.max_tries:
+        for attempt in range(self.max_tries):
+            rng, shown = self._draw(epoch, index, attempt)
             try:
-                clips = self._load(self.videos[index].path, rng)
-                return {"clips": clips, "index": index, "label": int(self.videos.labels[index]), "bad": bad}
+                clips = self.load(self.videos[shown].path, rng)
+                return {"clips": clips, "index": shown, "label": int(self.videos.labels[shown]), "bad": bad}
             except VideoError as error:
                 bad.append((str(error.path), str(error.reason)))
-                others = max(1, len(self) - 1)
-                index = (index + 1 + int(rng.integers(others))) % len(self)
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in bad)
         raise NoReadableVideoError(
             f"{len(bad)} videos of {self.videos.list_path}, drawn in a row, cannot be read:{reasons}"
         )
 
+    def _draw(self, epoch: int, index: int, attempt: int) -> tuple[np.random.Generator, int]:
+        """The generator of an attempt, and the video to show: `index` itself at first, then any other."""
+        if attempt == 0:
+            return np.random.default_rng([self.seed, epoch, index]), index
+        rng = np.random.default_rng([self.seed, epoch, index, attempt])
+        others = max(1, len(self) - 1)
+        return rng, (index + 1 + int(rng.integers(others))) % len(self)
+
     def _load(self, path: str, rng: np.random.Generator) -> Tensor:
+        """The clips of one video; nothing outside has a part in them, so a child process may do it."""
         with open_video(path, self.decoder) as video:
             clips = self.load_clips(video, rng)  # num_sample times T C H W
         return torch.stack([self.transform(clip, rng).transpose(0, 1) for clip in clips])  # n C T S S
@@ -248,6 +260,7 @@ class EvalDataset(Dataset):
         random_clips: bool = False,
         seed: int = 0,
         decoder: str = "auto",
+        decode_timeout: float = 0,
     ):
         self.videos = videos
         self.crops = crops
@@ -258,6 +271,7 @@ class EvalDataset(Dataset):
         self.random_clips = random_clips
         self.seed = seed
         self.decoder = decoder
+        self.load = Isolated(self._load, decode_timeout)
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -276,12 +290,12 @@ class EvalDataset(Dataset):
         sample = {"clips": None, "index": index, "label": int(self.videos.labels[index]), "bad": []}
         path = self.videos[index].path
         try:
-            sample["clips"] = self._load_views(path, index)
+            sample["clips"] = self.load(path, index)
         except VideoError as error:
             sample["bad"] = [(path, str(error.reason))]
         return sample
 
-    def _load_views(self, path: str, index: int) -> Tensor:
+    def _load(self, path: str, index: int) -> Tensor:
         with open_video(path, self.decoder) as video:
             indices = self._frame_indices(video, index)  # segments T
             frames = video.get_frames(indices.ravel())

@@ -50,6 +50,7 @@ class DeepSpeedEngine(Engine):
         *,
         device: torch.device,
         zero_stage: int = 1,
+        compress: bool = False,
         **settings,
     ):
         if zero_stage not in (0, 1, 2):
@@ -62,18 +63,21 @@ class DeepSpeedEngine(Engine):
         self.groups = [group["params"] for group in optimizer.param_groups]  # ZeRO replaces them by flat ones
         join_alone(device, deepspeed)
         self.forward_model, *_ = deepspeed.initialize(
-            model=Autocast(model, device.type, self.amp), optimizer=optimizer, config=self._config(zero_stage)
+            model=Autocast(model, device.type, self.amp),
+            optimizer=optimizer,
+            config=self._config(zero_stage, compress),
         )
         self.zero = self.forward_model.optimizer if zero_stage else None
         self.full_gradient = deepspeed.utils.safe_get_full_grad
         if self.scaler.is_enabled():
             self._scale_loss(deepspeed)
 
-    def _config(self, zero_stage: int) -> dict:
+    def _config(self, zero_stage: int, compress: bool) -> dict:
         return {
             "train_micro_batch_size_per_gpu": 1,  # only DeepSpeed's own reports of speed depend on it
             "gradient_accumulation_steps": self.update_freq,
             "gradient_clipping": self.clip_grad or 0.0,
+            **({"communication_data_type": "bf16"} if compress else {}),
             "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": 50_000_000},  # 200 MB
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
@@ -98,10 +102,11 @@ class DeepSpeedEngine(Engine):
     def loss_scale(self) -> float:
         return self.scaler.get_scale() if self.zero is None else self.zero.loss_scale
 
-    def __call__(self, *inputs: Tensor):
-        return self.forward_model(*inputs)
+    def __call__(self, *inputs: Tensor, **named: Tensor):
+        return self.forward_model(*inputs, **named)
 
     def backward(self, loss: Tensor) -> None:
+        self.bad_steps.watch(loss)
         self.forward_model.backward(loss)
 
     def step(self) -> bool:
@@ -113,6 +118,7 @@ class DeepSpeedEngine(Engine):
     def _update(self) -> None:
         groups = {n: p for n, p in self.groups_to_watch.items() if n != "rest" or self.zero is None}
         norms = {name: self._norm(params) for name, params in groups.items()}
+        self.bad_steps.agree()
         self.forward_model.step()
         if self.zero is not None:  # it computes the whole norm anyway, and gathering all gradients is dear
             total = torch.as_tensor(self.forward_model.get_global_grad_norm(), device=self.device)
@@ -155,9 +161,9 @@ class Autocast(nn.Module):
         super().__init__()
         self.model, self.device_type, self.dtype = model, device_type, dtype
 
-    def forward(self, *inputs: Tensor):
+    def forward(self, *inputs: Tensor, **named: Tensor):
         with torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None):
-            return self.model(*inputs)
+            return self.model(*inputs, **named)
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:

@@ -1,11 +1,12 @@
 """The fine-tuning loop, validation, and the test on many views."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import watchdog
 from augment import normalize, to_pixels
 from augment_finetune import ClipErasing, ClipMixup
 from evaluation import Scores, fuse_views, merge_ranks
@@ -26,30 +27,34 @@ def finetune_one_epoch(
     loader: Iterable[dict],
     *,
     num_batches: int,
+    first_batch: int = 0,
     erasing: ClipErasing,
     mixup: ClipMixup,
     normalization: Normalization,
     schedule: Callable[[int], tuple[float, float]],
     seed: int,
     progress: Progress,
+    step_done: Callable[[int], None] = lambda batches: None,
 ) -> dict[str, float]:
-    """Trains on every batch of the loader once, as the epoch of `progress`.
+    """Trains on the batches of the loader, as those of the epoch of `progress` from `first_batch` on.
 
     Args:
-        loader: batches with `clips` uint8 (B,3,T,H,W), `label` int64 (B,) and `bad`.
+        loader: batches with `clips` uint8 (B,3,T,H,W), `label` int64 (B,), `index` and `bad`.
         num_batches: batches an epoch, from which the number of the optimiser step follows.
         erasing, mixup: applied to the normalised batch on the device; `mixup` makes the soft targets.
         schedule: optimiser step -> (learning rate, weight decay).
         seed: with the batch's number and the rank it decides erasing, mixing and dropout.
+        step_done: called after every optimiser step with the batches of the epoch that are done; may raise.
 
     Returns:
-        Means of the epoch over all steps and ranks, and the number of unreadable videos met.
+        Means of the epoch over all steps and ranks, and what went wrong (`Progress.epoch_means`).
 
     Raises:
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss stays not finite.
+        TooManyBadVideos: too many videos are unreadable.
     """
     engine.module.train()
-    for index, batch in enumerate(progress.batches(loader)):
+    for index, batch in progress.batches(loader, first_batch):
         # schedule
         batch_index = progress.epoch * num_batches + index
         step = batch_index // engine.update_freq
@@ -69,24 +74,42 @@ def finetune_one_epoch(
 
         # step
         engine.backward(loss)
-        progress.add(len(clips), loss=loss)
+        progress.add(batch, loss=loss)
         if engine.step():
             norms = {f"grad_norm_{name}": norm for name, norm in engine.grad_norms.items()}
             last = index + 1 == num_batches
             progress.step_done(step, last=last, lr=lr, weight_decay=weight_decay, **norms)
-    return progress.epoch_means() | {"lr": lr}
+            step_done(index + 1)
+    return progress.epoch_means() | {
+        "lr": schedule((progress.epoch + 1) * num_batches // engine.update_freq - 1)[0]
+    }
+
+
+def unless_asked(loader: Iterable[dict], stop: Callable[[], bool], what: str) -> Iterator[dict]:
+    """The loader's batches, until `stop` says so."""
+    for number, batch in enumerate(loader):
+        watchdog.tick(f"{what}, batch {number}")
+        if stop():
+            return
+        yield batch
 
 
 def validate(
-    engine: Engine, loader: Iterable[dict], *, normalization: Normalization, ema: bool = False
+    engine: Engine,
+    loader: Iterable[dict],
+    *,
+    normalization: Normalization,
+    ema: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Cross-entropy, top-1 and top-5 in per cent over one clip of each video, of all ranks together.
 
     Every video counts once; one that can't be read counts as wrong. `ema` takes the average of the weights.
+    Where `stop` becomes true it is cut short, and what it returns means nothing.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=engine.device)  # loss, top-1, top-5, read
     num_bad = 0
-    for batch in loader:
+    for batch in unless_asked(loader, stop, "validation"):
         num_bad += len(batch["bad"])
         if not len(batch["label"]):
             continue
@@ -114,9 +137,10 @@ def score_views(
     fusion: str = "softmax",
     ema: bool = False,
     clips_at_once: int = 64,
+    stop: Callable[[], bool] = lambda: False,
     console: Console,
 ) -> Scores:
-    """The fused scores of every video of the loader's list, all ranks' merged.
+    """The fused scores of every video of the loader's list, all ranks' merged; `stop` as in `validate`.
 
     Args:
         loader: batches of `loaders.collate_views`, V views to a video.
@@ -124,7 +148,7 @@ def score_views(
     """
     index, label, fused, hits, bad = [], [], [], [], []
     console.start(0)
-    for number, batch in enumerate(loader):
+    for number, batch in enumerate(unless_asked(loader, stop, "test")):
         bad += batch["bad"]
         if len(batch["label"]):
             views = batch["clips"].flatten(0, 1)  # (n*V,3,T,H,W) uint8

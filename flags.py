@@ -2,13 +2,10 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from checkpoint import CheckpointError, check_resumable, newest_checkpoint, read_checkpoint
-from logs import Console
 from optim import Engine, cosine_schedule, create_optimizer, resolve_amp
 from utils import World
 from video import resolve_decoder
@@ -37,6 +34,9 @@ def common_parser(program: str, description: str) -> argparse.ArgumentParser:
     add("--epochs", type=int, help="the true number of epochs (the published scripts add one)")
     add("--update_freq", default=1, type=int, help="batches accumulated into one optimiser step")
     add("--save_ckpt_freq", type=int, help="epochs between checkpoints; the last is always saved")
+    add("--save_ckpt_minutes", default=15.0, type=float, help="minutes between checkpoint-last.pth; 0: never")
+    add("--keep_ckpts", default=0, type=int, help="newest checkpoints of epochs to keep; 0: all")
+    add("--max_bad_steps", default=10, type=int, help="steps in a row without a finite loss that end the run")
     add("--seed", default=0, type=int, help="with epoch, step, video and rank it decides all that is random")
     add("--start_epoch", default=0, type=int, help="first epoch of a run that resumes nothing")
     add("--resume", default="", help="checkpoint to go on from")
@@ -71,6 +71,8 @@ def common_parser(program: str, description: str) -> argparse.ArgumentParser:
     add("--train_interpolation", choices=["bilinear", "bicubic"], help="of training transforms")
     add("--color_jitter", default=0.0, type=float, help="brightness, contrast, saturation within 1 +- this")
     add("--imagenet_default_mean_and_std", default=True, **ON_OFF, help="false: mean and std of 0.5")
+    add("--decode_timeout", default=60.0, type=float, help="seconds to read one video in; 0: no limit")
+    add("--max_bad_videos", default=0.01, type=float, help="share of the list that may be unreadable")
     add("--num_workers", type=int, help="decoding processes per training process")
     add("--pin_mem", default=True, action="store_true", help="page-locked batches for CUDA")
     add("--no_pin_mem", dest="pin_mem", action="store_false", help="pageable batches")
@@ -85,14 +87,17 @@ def common_parser(program: str, description: str) -> argparse.ArgumentParser:
     add("--dist_url", default="env://", help="where the processes meet")
     add("--world_size", default=1, type=int, help="processes that the launcher should have started")
     add("--local_rank", "--local-rank", default=-1, type=int, help="set by torch.distributed.launch")
+    add("--dist_timeout", default=600.0, type=float, help="seconds after which a silent process ends the job")
+    add("--compress_gradients", action="store_true", help="send gradients between processes in bfloat16")
     add("--dist_on_itp", action="store_true", help="read Open MPI's environment variables")
     return parser
 # fmt: on
 
 AT_LEAST_ONE = (
     *("batch_size", "epochs", "update_freq", "save_ckpt_freq", "log_freq"),
-    *("num_frames", "sampling_rate", "num_sample"),
+    *("num_frames", "sampling_rate", "num_sample", "max_bad_steps"),
 )
+AT_LEAST_ZERO = ("num_workers", "save_ckpt_minutes", "keep_ckpts", "decode_timeout")
 
 
 def check_common(args: argparse.Namespace, *more_counts: str) -> None:
@@ -104,8 +109,13 @@ def check_common(args: argparse.Namespace, *more_counts: str) -> None:
     for name in (*AT_LEAST_ONE, *more_counts):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
-    if args.num_workers < 0:
-        raise ValueError(f"--num_workers {args.num_workers} must be at least 0")
+    for name in AT_LEAST_ZERO:
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 0")
+    if not 0 <= args.max_bad_videos <= 1:
+        raise ValueError(f"--max_bad_videos {args.max_bad_videos} is a share of the list, 0 to 1")
+    if args.dist_timeout <= 0:
+        raise ValueError(f"--dist_timeout {args.dist_timeout} must be positive")
     if args.warmup_steps < 0 and args.warmup_epochs > args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
     try:
@@ -160,6 +170,7 @@ def build_engine(
         "amp": resolve_amp(args.amp, world.device),
         "update_freq": args.update_freq,
         "clip_grad": args.clip_grad,
+        "compress": args.compress_gradients,
         "compile_model": args.compile,
     }
     if args.enable_deepspeed:
@@ -182,30 +193,3 @@ def describe(args: argparse.Namespace, engine: Engine, world: World, *, model: s
         f"{args.num_sample} clips a video\n"
         f"learning rate {args.lr} x {total}/256 = {args.lr * total / 256:.3g}"
     )
-
-
-def resume(args: argparse.Namespace, engine: Engine, model_settings: dict, console: Console) -> dict | None:
-    """Loads the checkpoint to go on from into the engine and returns its content; None where there is none.
-
-    Raises:
-        CheckpointError: it can't be read, or is of a model with other settings.
-    """
-    if args.resume:
-        found = Path(args.resume), read_checkpoint(args.resume)
-    elif args.auto_resume and args.output_dir:
-        found = newest_checkpoint(args.output_dir, console.warn)
-    else:
-        found = None
-    if found is None:
-        return None
-    path, state = found
-    check_resumable(path, state.get("model_settings", {}), model_settings)
-    try:
-        engine.load_state_dict(state)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} is no checkpoint that this run can go on from ({error}): start from its weights with "
-            "--finetune, or use another --output_dir"
-        ) from error
-    console.say(f"resumed {path}: {state['epoch'] + 1} of {args.epochs} epochs are done")
-    return state

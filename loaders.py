@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 
 from augment import ClipTransform, EvenCrops
 from datasets import DataSet, EvalDataset, FinetuneDataset, PretrainDataset, TrainDataset
+from isolation import outlive_signals
 from lists import VideoList
 
 # --- samplers -----------------------------------------------------------------------------------------------
@@ -35,6 +36,7 @@ class EpochSampler(Sampler):
     ):
         self.num_videos = num_videos
         self.batch_size = batch_size
+        self.update_freq = update_freq
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -149,6 +151,7 @@ def build_training_loader(
         batch_size=batch_size,
         collate_fn=collate,
         num_workers=num_workers,
+        worker_init_fn=outlive_signals,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory and torch.cuda.is_available(),
         # With its own generator the loader draws nothing from torch's global one, which masks may depend on.
@@ -177,6 +180,7 @@ def build_evaluation_loader(
         batch_size=max(1, batch_size // len(dataset.views)),
         collate_fn=collate_views,
         num_workers=num_workers,
+        worker_init_fn=outlive_signals,
         pin_memory=pin_memory and torch.cuda.is_available(),
         generator=torch.Generator(),  # as above
     )
@@ -191,9 +195,10 @@ def build_pretraining_loader(
     num_sample: int = 1,
     seed: int = 0,
     decoder: str = "auto",
+    decode_timeout: float = 0,
     **loading,
 ) -> DataLoader:
-    """The loader of a `PretrainDataset`; loading: what `build_training_loader` takes."""
+    """The loader of a `PretrainDataset`, see there; loading: what `build_training_loader` takes."""
     dataset = PretrainDataset(
         videos=videos,
         transform=transform,
@@ -202,6 +207,7 @@ def build_pretraining_loader(
         num_sample=num_sample,
         seed=seed,
         decoder=decoder,
+        decode_timeout=decode_timeout,
     )
     return build_training_loader(dataset, **loading)
 
@@ -222,6 +228,7 @@ def build_finetuning_loaders(
     dist_eval: bool = True,
     seed: int = 0,
     decoder: str = "auto",
+    decode_timeout: float = 0,
     **loading,
 ) -> dict[str, DataLoader]:
     """Loaders for those of "train", "val" and "test" that `splits` has (`read_splits`), by the same names.
@@ -229,7 +236,8 @@ def build_finetuning_loaders(
     transform: of training, see `build_finetune_transform`. input_size: pixels of a clip's side in validation
     and test; short_side: see `EvenCrops`. batch_size counts videos of training in one process; validation and
     test take 1.5 times as many clips. random_validation: see `EvalDataset`. dist_eval: False leaves
-    validation and test to process 0. loading: num_workers, pin_memory, rank, world_size.
+    validation and test to process 0. decode_timeout: see `TrainDataset`. loading: num_workers, pin_memory,
+    rank, world_size.
 
     Raises ValueError when the training list is smaller than one step, and for what `EvenCrops` refuses.
     """
@@ -239,6 +247,7 @@ def build_finetuning_loaders(
         "sampling_rate": sampling_rate,
         "seed": seed,
         "decoder": decoder,
+        "decode_timeout": decode_timeout,
     }
     views = {"val": (None, 1), "test": (data_set.test_segments, data_set.test_crops)}
     loaders = {}

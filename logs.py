@@ -1,11 +1,12 @@
 """What a run tells: meters on the device, the console, log.txt and TensorBoard."""
 
+import itertools
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,17 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils import World, sum_over_ranks
+import watchdog
+from bad_steps import BadBatches, BadSteps
+from bad_videos import BadVideos
+from utils import World
 
 
 class Meters:
-    """Running means of device scalars: adding costs no synchronisation, `read` costs one."""
+    """Running means of device scalars: adding costs no synchronisation, `read` costs one.
+
+    A step with a value that is not finite is left out.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -27,25 +34,29 @@ class Meters:
         self.reset()
 
     def reset(self) -> None:
-        self.total: Tensor | float = 0.0
-        self.count = 0
+        self.total = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self.device)  # last: the count
 
     def add(self, **values: Tensor) -> None:
         """Adds one step's 0-dimensional tensors; the names must be the same in every step."""
-        self.names = list(values)
+        if not self.names:
+            self.names = list(values)
+            self.reset()
         step = torch.stack([v.detach().to(self.device, torch.float64).reshape(()) for v in values.values()])
-        self.total = self.total + step
-        self.count += 1
+        step = torch.cat([step, step.new_ones(1)])
+        self.total = self.total + torch.where(step.isfinite().all(), step, 0.0)
 
-    def read(self) -> dict[str, float]:
-        """Means over the steps since the last `reset`, over all ranks (every rank must call it)."""
-        if not self.count:
-            return {}
-        total = self.total / self.count
+    def read(self, *numbers: float) -> tuple[dict[str, float], int, list[float]]:
+        """Over all ranks, which call it together, since the last `reset`.
+
+        Returns:
+            The means (NaN where no step was finite), how many steps they are of, and the sums of `numbers`.
+        """
+        total = torch.cat([self.total, torch.tensor(numbers, dtype=torch.float64, device=self.device)])
         if dist.is_initialized():
             dist.all_reduce(total)
-            total /= dist.get_world_size()
-        return dict(zip(self.names, total.tolist(), strict=True))
+        *sums, count = total[: len(self.names) + 1].tolist()
+        means = {name: value / count if count else math.nan for name, value in zip(self.names, sums, strict=True)}
+        return means, int(count), total[len(self.names) + 1 :].tolist()
 
 
 def memory_gib(device: torch.device) -> float:
@@ -100,6 +111,11 @@ class Console:
         """A line on stderr from any rank: something a person should know of."""
         tqdm.write(text, file=sys.stderr)
 
+    def say_error(self, text: str) -> None:
+        """A line on stderr of what all ranks know of, so one of them tells it."""
+        if self.show:
+            self.warn(text)
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
@@ -133,42 +149,68 @@ class RunLog:
 
 
 class Progress:
-    """The books of one epoch of training: means since the last reading, means of the epoch, time, bad videos.
+    """The books of one epoch of training: means, time, unreadable videos, skipped steps.
 
     Reading the device's numbers is the loop's only host synchronisation; it happens every `log_freq` steps.
+
+    Args:
+        bad_videos, bad_batches, bad_steps: the run's books of what went wrong.
+        max_bad_steps: so many steps skipped in a row end the run.
+        state: of an earlier `state_dict`, for an epoch that is resumed within.
     """
 
-    def __init__(self, *, world: World, console: Console, log: RunLog, epoch: int, log_freq: int = 20):
+    def __init__(
+        self,
+        *,
+        world: World,
+        console: Console,
+        log: RunLog,
+        epoch: int,
+        bad_videos: BadVideos,
+        bad_batches: BadBatches,
+        bad_steps: BadSteps,
+        max_bad_steps: int = 10,
+        log_freq: int = 20,
+        state: dict | None = None,
+    ):
         self.world, self.console, self.log = world, console, log
-        self.epoch, self.log_freq = epoch, log_freq
+        self.epoch, self.log_freq, self.max_bad_steps = epoch, log_freq, max_bad_steps
+        self.bad_videos, self.bad_batches, self.bad_steps = bad_videos, bad_batches, bad_steps
         self.meters = Meters(world.device)
-        self.epoch_totals: dict[str, float] = {}
-        self.epoch_count = self.num_bad = 0
-        self.epoch_started = time.perf_counter()
+        self.totals: dict[str, float] = {}  # sums over the epoch's steps of all ranks
+        self.count = self.replaced = self.skipped = 0
+        self.seconds = 0.0
+        if state:
+            self.totals, self.count = dict(state["totals"]), state["count"]
+            self.replaced, self.skipped, self.seconds = state["replaced"], state["skipped"], state["seconds"]
+        self.skipped_before = self.bad_steps.read()[0]
         self._start_interval()
 
     def _start_interval(self) -> None:
         self.meters.reset()
+        self.bad_batches.forget()
         self.clips, self.waited, self.started = 0, 0.0, time.perf_counter()
+        self.replaced_here = 0
 
-    def batches(self, loader: Iterable[dict]) -> Iterable[dict]:
-        """The loader's batches; the time that it takes to get them is the wait for data."""
+    def batches(self, loader: Iterable[dict], first: int = 0) -> Iterator[tuple[int, dict]]:
+        """The loader's batches with their number in the epoch, from `first`; the time to get them is the wait."""
         batches = iter(loader)
-        while True:
+        for index in itertools.count(first):
             before = time.perf_counter()
             batch = next(batches, None)
             self.waited += time.perf_counter() - before
             if batch is None:
                 return
-            for path, reason in batch["bad"]:
-                self.num_bad += 1
-                self.console.warn(f"unreadable video, replaced by another: {path}: {reason}")
-            yield batch
+            watchdog.tick(f"epoch {self.epoch}, batch {index}", self.epoch, index)
+            self.bad_videos.add(batch["bad"])
+            self.replaced_here += len(batch["bad"])
+            yield index, batch
 
-    def add(self, num_clips: int, **values: Tensor) -> None:
-        """Adds one batch: its clips on this rank, and 0-dimensional tensors of the same names every time."""
+    def add(self, batch: dict, **values: Tensor) -> None:
+        """Adds one batch of this rank, and 0-dimensional tensors of the same names every time, one being loss."""
         self.meters.add(**values)
-        self.clips += num_clips * self.world.size
+        self.bad_batches.add(values["loss"], batch["index"])
+        self.clips += len(batch["clips"]) * self.world.size
 
     def step_done(self, step: int, *, last: bool, lr: float, **scalars: Tensor | float) -> None:
         """Counts one optimiser step; reads and reports every `log_freq` steps and after the epoch's last.
@@ -178,18 +220,16 @@ class Progress:
             scalars: further values of this step for TensorBoard, read only when it is reported.
 
         Raises:
-            FloatingPointError: the mean loss since the last reading is not finite.
+            FloatingPointError: too many steps in a row had a loss that is not finite.
+            TooManyBadVideos: too many videos of the list are unreadable.
         """
         self.console.advance()
+        self.bad_batches.step_done(step, self.bad_steps.last)
         if (step + 1) % self.log_freq and not last:
             return
-        count, means = self.meters.count, self.meters.read()
-        seconds = time.perf_counter() - self.started
-        means |= {"clips_per_second": self.clips / seconds, "data_wait": self.waited / seconds}
-        self.epoch_count += count
-        for name, value in means.items():
-            self.epoch_totals[name] = self.epoch_totals.get(name, 0.0) + count * value
-        self.log.scalars(step + 1, {**means, "lr": lr, **{k: float(v) for k, v in scalars.items()}})
+        means, skipped = self._read()
+        counts = {"skipped_steps": skipped, "bad_videos": len(self.bad_videos)}
+        self.log.scalars(step + 1, {**means, **counts, "lr": lr, **{k: float(v) for k, v in scalars.items()}})
         self.console.report(
             step + 1,
             f"epoch {self.epoch}",
@@ -198,16 +238,55 @@ class Progress:
             clips_s=f"{means['clips_per_second']:.1f}",
             data=f"{means['data_wait']:.0%}",
             mem=f"{memory_gib(self.world.device):.2f}G",
+            **({"skipped": str(skipped)} if skipped else {}),
         )
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(
-                f"the loss is {means['loss']} at step {step + 1} of epoch {self.epoch}: lower --lr, set "
-                "--clip_grad, or use --amp bf16 or off; the last checkpoint is untouched"
-            )
+
+    def _read(self) -> tuple[dict[str, float], int]:
+        """The means since the last reading, and the steps skipped since then; adds both to the epoch's."""
+        seconds = time.perf_counter() - self.started
+        means, count, (pending, replaced) = self.meters.read(self.bad_videos.pending, self.replaced_here)
+        means |= {"clips_per_second": self.clips / seconds, "data_wait": self.waited / seconds}
+        self.count, self.seconds = self.count + count, self.seconds + seconds
+        self.replaced += int(replaced)
+        for name, value in means.items() if count else ():
+            self.totals[name] = self.totals.get(name, 0.0) + count * value
+        for path, reason in self.bad_videos.share() if pending else []:
+            self.console.say_error(f"unreadable video, replaced by another: {path}: {reason}")
+        skipped = self._check_steps()
         self._start_interval()
+        return means, skipped
+
+    def _check_steps(self) -> int:
+        """How many steps were skipped since the last reading; writes down their videos."""
+        total, _, longest = self.bad_steps.read()
+        skipped, self.skipped_before = total - self.skipped_before, total
+        self.skipped += skipped
+        if skipped:
+            self.bad_batches.write()
+        if longest >= self.max_bad_steps:
+            listed = f" (their videos: {self.bad_batches.file})" if self.bad_batches.file else ""
+            raise FloatingPointError(
+                f"the loss was not finite in {longest} steps in a row of epoch {self.epoch}{listed}; they were "
+                "skipped, the last checkpoint is untouched: lower --lr, set --clip_grad, or use --amp bf16 or off"
+            )
+        return skipped
+
+    def state_dict(self) -> dict:
+        """What a run needs to go on within the epoch; all ranks call it together."""
+        self._read()
+        return {
+            "totals": self.totals,
+            "count": self.count,
+            "replaced": self.replaced,
+            "skipped": self.skipped,
+            "seconds": self.seconds,
+        }
 
     def epoch_means(self) -> dict[str, float]:
-        """Means of the epoch over steps and ranks, its seconds, and the unreadable videos met by all ranks."""
-        means = {name: total / self.epoch_count for name, total in self.epoch_totals.items()}
-        bad = int(sum_over_ranks(self.num_bad, self.world.device))
-        return means | {"seconds": time.perf_counter() - self.epoch_started, "bad_videos": bad}
+        """Means of the epoch over steps and ranks, its seconds, its skipped steps and replaced videos.
+
+        `bad_videos` are the different unreadable ones of the whole run until now.
+        """
+        means = {name: total / self.count for name, total in self.totals.items()}
+        counts = {"skipped_steps": self.skipped, "replaced": self.replaced, "bad_videos": len(self.bad_videos)}
+        return means | {"seconds": self.seconds} | counts

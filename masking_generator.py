@@ -1,8 +1,8 @@
 """Every way to choose the tokens that the encoder sees, behind one signature.
 
-A rule maps log-probabilities (B,N) to the indices (B,Nv) of the visible tokens, on the device it is given.
-Only the adaptive rule reads their values; to the others they are uniform and tell batch, device and nothing
-else. How many tokens are visible is fixed by the mask ratio, so every shape is known beforehand.
+A rule maps log-probabilities (B,N) and uniform random numbers to the indices (B,Nv) of the visible tokens, on
+the device it is given. Only the adaptive rule reads the probabilities; the others take nothing but the random
+numbers. How many tokens are visible is fixed by the mask ratio, so every shape is known beforehand.
 """
 
 import math
@@ -26,64 +26,76 @@ class Masking(NamedTuple):
 # ---------------------------------------------------------------------------------------------- the rules
 
 
-def draw_without_replacement(log_p: Tensor, count: int) -> Tensor:
+def draw_without_replacement(log_p: Tensor, uniform: Tensor, count: int) -> Tensor:
     """Gumbel top-k: `count` draws without replacement from the distribution exp(log_p), (B,N) -> (B,count).
 
     Distributed exactly as successive draws from a Categorical whose drawn entries are removed (Kool et al.,
     "Stochastic Beams and Where to Find Them", 2019), and in log space right for probabilities that underflow.
+    `uniform` (B,N) holds one number in [0,1) for each entry.
     """
-    log_p = log_p.detach().float()
-    exponential = torch.empty_like(log_p).exponential_().clamp_min(torch.finfo(torch.float32).tiny)
-    return (log_p - exponential.log()).topk(count, dim=1).indices
+    exponential = -uniform.log()
+    return (log_p.detach().float() - exponential.log()).topk(count, dim=1).indices
 
 
-def random_visible(log_p: Tensor, window: Window, count: int) -> Tensor:
-    """Space-time-agnostic masking (VideoMAE "random", MAE-ST "agnostic"), and the adaptive draw of AdaMAE.
-
-    The two are one rule: the adaptive sampler's P takes the place of the uniform one.
-    """
-    return draw_without_replacement(log_p, count)
+def draw_evenly(uniform: Tensor, count: int) -> Tensor:
+    """`count` draws without replacement, all entries alike: (B,N) numbers in [0,1) -> indices (B,count)."""
+    return uniform.topk(count, dim=1).indices
 
 
-def tube_visible(log_p: Tensor, window: Window, count: int) -> Tensor:
+def adaptive_visible(log_p: Tensor, uniform: Tensor, window: Window, count: int) -> Tensor:
+    """AdaMAE (section 3.1): drawn from the sampler's distribution over all tokens, without replacement."""
+    return draw_without_replacement(log_p, uniform, count)
+
+
+def random_visible(log_p: Tensor, uniform: Tensor, window: Window, count: int) -> Tensor:
+    """Space-time-agnostic masking (VideoMAE "random", MAE-ST "agnostic"): all tokens alike."""
+    return draw_evenly(uniform, count)
+
+
+def tube_visible(log_p: Tensor, uniform: Tensor, window: Window, count: int) -> Tensor:
     """Tube masking (VideoMAE; MAE-ST "space-only"): the same positions are visible in every time slot."""
     time, height, width = window
     space = height * width
-    tubes = draw_without_replacement(torch.zeros_like(log_p[:, :space]), count // time)  # (B,Nv/T')
+    tubes = draw_evenly(uniform[:, :space], count // time)  # (B,Nv/T')
     slots = torch.arange(time, device=log_p.device) * space  # (T')
     return (slots[:, None] + tubes[:, None, :]).flatten(1)
 
 
-def frame_visible(log_p: Tensor, window: Window, count: int) -> Tensor:
+def frame_visible(log_p: Tensor, uniform: Tensor, window: Window, count: int) -> Tensor:
     """Frame masking (AdaMAE's ablation; MAE-ST "time-only"): whole time slots are visible or masked."""
     time, height, width = window
     space = height * width
-    slots = draw_without_replacement(torch.zeros_like(log_p[:, :time]), count // space)  # (B,visible slots)
+    slots = draw_evenly(uniform[:, :time], count // space)  # (B,visible slots)
     return (slots[:, :, None] * space + torch.arange(space, device=log_p.device)).flatten(1)
 
 
 NUM_BLOCKS = 32  # cuboids drawn a sample: they cover all but a few scattered tokens
 
 
-def block_visible(log_p: Tensor, window: Window, count: int) -> Tensor:
+def block_visible(log_p: Tensor, uniform: Tensor, window: Window, count: int) -> Tensor:
     """Block masking (MAE-ST): random space-time cuboids are masked until enough tokens are.
 
     The papers give no details. Here each cuboid spans, independently in each axis, a uniform length between
     a quarter and half of the window (at least one token) at a uniform place; they are laid one after another
     and the last one needed is cut at random, so that exactly N - count tokens are masked.
     """
-    batch, device = len(log_p), log_p.device
+    batch, device = len(uniform), uniform.device
+    drawn = uniform[:, : _draws_of_blocks()].view(batch, 3, 2, NUM_BLOCKS, 1)
     covered = torch.ones(batch, NUM_BLOCKS, *window, dtype=torch.bool, device=device)
     for axis, size in enumerate(window):
         low, high = max(1, size // 4), max(1, size // 2)
-        length = torch.randint(low, high + 1, (batch, NUM_BLOCKS, 1), device=device)
-        start = (torch.rand(batch, NUM_BLOCKS, 1, device=device) * (size - length + 1)).long()
+        length = low + (drawn[:, axis, 0] * (high + 1 - low)).long()  # (B,blocks,1)
+        start = (drawn[:, axis, 1] * (size - length + 1)).long()
         place = torch.arange(size, device=device)
         inside = (place >= start) & (place < start + length)  # (B,blocks,size)
         covered &= inside.view(batch, NUM_BLOCKS, *(size if a == axis else 1 for a in range(3)))
     covered = covered.flatten(2)  # (B,blocks,N)
     order = torch.where(covered.any(1), covered.int().argmax(1), NUM_BLOCKS)  # (B,N) first cuboid to cover it
-    return (order + torch.rand(order.shape, device=device)).topk(count, dim=1).indices
+    return (order + uniform[:, _draws_of_blocks() :]).topk(count, dim=1).indices
+
+
+def _draws_of_blocks() -> int:
+    return 3 * 2 * NUM_BLOCKS  # length and place in each axis
 
 
 # ------------------------------------------------------------------- how many tokens, and the one signature
@@ -107,18 +119,22 @@ def _masked_of_frames(ratio: float, window: Window) -> int:
 
 
 class Rule(NamedTuple):
-    """A masking rule: how it draws, and how it rounds the number of visible tokens."""
+    """A masking rule: how it draws, how it rounds the number of visible tokens, and the numbers it needs.
 
-    draw: Callable[[Tensor, Window, int], Tensor]
+    It draws from one random number for each token and `more_draws` beside these.
+    """
+
+    draw: Callable[[Tensor, Tensor, Window, int], Tensor]
     count: Callable[[float, Window], int]
+    more_draws: int = 0
 
 
 RULES = {
-    "adaptive": Rule(random_visible, _visible_of_tokens),
+    "adaptive": Rule(adaptive_visible, _visible_of_tokens),
     "random": Rule(random_visible, _masked_of_tokens),
     "tube": Rule(tube_visible, _masked_of_tubes),
     "frame": Rule(frame_visible, _masked_of_frames),
-    "block": Rule(block_visible, _masked_of_tokens),
+    "block": Rule(block_visible, _masked_of_tokens, more_draws=_draws_of_blocks()),
 }
 ALIASES = {"learnable": "adaptive"}  # the published AdaMAE code's name
 
@@ -154,8 +170,9 @@ def split_tokens(visible: Tensor, num_tokens: int) -> Masking:
 class MaskingGenerator:
     """One rule at one ratio for one window of tokens.
 
-    Called with log-probabilities (B,N) it returns a `Masking` drawn independently for each sample from the
-    global random state of their device. Raises ValueError as `visible_count` does.
+    Called with log-probabilities (B,N) it returns a `Masking` drawn independently for each sample, from the
+    random numbers given (B,num_draws) in [0,1), or from the global random state of their device. Raises
+    ValueError as `visible_count` does.
     """
 
     def __init__(self, *, mask_type: str, mask_ratio: float, window: Window):
@@ -163,13 +180,16 @@ class MaskingGenerator:
         self.window = window
         self.num_tokens = math.prod(window)
         self.num_visible = visible_count(mask_type, mask_ratio, window)
+        self.num_draws = self.num_tokens + RULES[self.mask_type].more_draws
 
     @property
     def adaptive(self) -> bool:
         return self.mask_type == "adaptive"
 
-    def __call__(self, log_p: Tensor) -> Masking:
-        visible = RULES[self.mask_type].draw(log_p, self.window, self.num_visible)
+    def __call__(self, log_p: Tensor, uniform: Tensor | None = None) -> Masking:
+        if uniform is None:
+            uniform = torch.rand(len(log_p), self.num_draws, device=log_p.device)
+        visible = RULES[self.mask_type].draw(log_p, uniform, self.window, self.num_visible)
         return split_tokens(visible, self.num_tokens)
 
 

@@ -197,16 +197,19 @@ class PretrainVisionTransformer(nn.Module):
         network = self.encoder.get_token_probs
         return [] if network is None else [self.encoder.pos_embed_probs, *network.parameters()]
 
-    def forward(self, clip: Tensor, visible: Tensor | None = None) -> PretrainOutput:
+    def forward(
+        self, clip: Tensor, visible: Tensor | None = None, uniform: Tensor | None = None
+    ) -> PretrainOutput:
         """Masks, encodes and reconstructs a normalised clip (B,3,T,H,W).
 
         Args:
             visible: indices (B,Nv) to see instead of drawing them; any number, distinct within a sample.
+            uniform: random numbers (B,num_draws) in [0,1) to draw them from, as `MaskingGenerator` takes.
         """
         tokens = self.encoder.patch_embed(clip)  # (B,N,D)
         log_probs = self.encoder.log_probs(tokens, **self.encoder.sampler_options)  # (B,N)
         if visible is None:
-            visible, masked = self.masking(log_probs)  # (B,Nv), (B,Nm)
+            visible, masked = self.masking(log_probs, uniform)  # (B,Nv), (B,Nm)
         else:
             visible, masked = split_tokens(visible, tokens.shape[1])
 

@@ -11,8 +11,11 @@ import torch
 from timm.optim import Lars, create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from bad_steps import BadSteps
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: float | None = None) -> list[dict]:
@@ -142,12 +145,14 @@ class Engine:
         amp: type of autocast, or None. float16 scales the loss; the scaler is a no-op otherwise.
         update_freq: batches whose gradients are averaged into one optimiser step.
         clip_grad: largest norm of the gradient, or None.
+        compress: sum the gradients of the processes in bfloat16, which halves what they send.
         watch: parameters whose gradient norm is told apart from that of the rest, by name.
         compile_model: run the forward pass through `torch.compile`.
         ema_decay: keep a moving average of weights and buffers with this decay per step, or None.
         ema_force_cpu: keep it in the host's memory.
 
-    After each step `grad_norms` has the norms before clipping, by the names of `watch` and "rest".
+    After each step `grad_norms` has the norms before clipping, by the names of `watch` and "rest". A step
+    whose loss is not finite on some process is skipped on all of them; `bad_steps` counts these.
     """
 
     def __init__(
@@ -160,6 +165,7 @@ class Engine:
         amp: torch.dtype | None = None,
         update_freq: int = 1,
         clip_grad: float | None = None,
+        compress: bool = False,
         watch: dict[str, list[nn.Parameter]] | None = None,
         compile_model: bool = False,
         ema_decay: float | None = None,
@@ -181,14 +187,17 @@ class Engine:
         if distributed:
             ids = [device.index] if device.type == "cuda" else None
             self.forward_model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            if compress:
+                self.forward_model.register_comm_hook(None, bf16_compress_hook)
+        self.bad_steps = BadSteps(optimizer, device)
         for group in optimizer.param_groups:
             group.setdefault("lr_scale", 1.0)
 
-    def __call__(self, *inputs: Tensor):
+    def __call__(self, *inputs: Tensor, **named: Tensor):
         if isinstance(self.forward_model, DistributedDataParallel):
             self.forward_model.require_backward_grad_sync = self._last_of_step()
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-            return self.forward_model(*inputs)
+            return self.forward_model(*inputs, **named)
 
     @torch.no_grad()
     def evaluate(self, *inputs: Tensor, ema: bool = False) -> Tensor:
@@ -211,6 +220,8 @@ class Engine:
                 group["weight_decay"] = weight_decay
 
     def backward(self, loss: Tensor) -> None:
+        self.bad_steps.watch(loss)
+        loss = loss * (1 + 0 * loss.detach())  # not finite, it makes all gradients NaN: float16's scaler sees it
         self.scaler.scale(loss / self.update_freq).backward()
 
     def _last_of_step(self) -> bool:
@@ -222,6 +233,7 @@ class Engine:
         self.batches += 1
         if is_last:
             self._update()
+            self.bad_steps.count()
             if self.ema is not None:
                 self.ema.update(self.module)
         return is_last
@@ -232,9 +244,10 @@ class Engine:
             name: get_total_norm([p.grad for p in params if p.grad is not None])
             for name, params in self.groups_to_watch.items()
         }
+        norm = torch.stack(list(self.grad_norms.values())).square().sum().sqrt()
         if self.clip_grad:
-            norm = torch.stack(list(self.grad_norms.values())).square().sum().sqrt()
             clip_grads_with_norm_(self.module.parameters(), self.clip_grad, norm)
+        self.bad_steps.agree(None if self.scaler.is_enabled() else norm)  # float16 overflows in the normal way
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

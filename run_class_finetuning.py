@@ -1,25 +1,24 @@
 """Fine-tunes a video classifier, probes a frozen encoder, or evaluates; FINETUNE.md has the recipes."""
 
 import argparse
-import json
 import sys
-from pathlib import Path
-from typing import NamedTuple
+from contextlib import ExitStack
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from augment import COLOUR_STATISTICS
-from augment_finetune import ClipErasing, ClipMixup, build_finetune_transform
-from checkpoint import CheckpointError, epoch_checkpoints, load_weights, read_checkpoint, save_checkpoint
+from augment_finetune import build_finetune_transform
+from bad_steps import BadBatches
+from bad_videos import BadVideos
+from checkpoint import load_weights
 from datasets import DATA_SETS, FRAME_RULES, DataSet, resolve_data_set
-from engine_for_finetuning import finetune_one_epoch, score_views, validate
-from evaluation import FUSIONS, accuracies, write_results
-from flags import ON_OFF, build_engine, build_schedule, check_common, common_parser, describe, resume
+from evaluation import FUSIONS
+from finetuning import Run, steps_per_epoch, test, train
+from flags import ON_OFF, build_engine, check_common, common_parser, describe
 from lists import VideoList, check_readable, read_splits
 from loaders import build_finetuning_loaders
-from logs import Console, Progress, RunLog
+from logs import Console, RunLog
 from modeling_finetune import (
     CLASSIFIER_POSITIONS,
     CLASSIFIERS,
@@ -27,12 +26,12 @@ from modeling_finetune import (
     parse_model_name,
     token_grid,
 )
-from optim import Engine
 from probes import make_probe
-from utils import World, seed_all, start_world, stop_world
+from program import run_program
+from saving import Checkpoints, resume
+from stopping import StopSignals, Votes
+from utils import World, seed_all, start_world
 from weights import load_classifier_weights
-
-BEST = "checkpoint-best.pth"
 
 
 # fmt: off
@@ -162,26 +161,16 @@ def trained_positions(args: argparse.Namespace) -> str | None:
     return load_weights(args.finetune, model_key=args.model_key).settings.get("pos_embed")
 
 
-class Run(NamedTuple):
-    """Everything a run needs, assembled and checked."""
-
-    args: argparse.Namespace
-    model_settings: dict
-    data_set: DataSet
-    world: World
-    loaders: dict[str, DataLoader]
-    engine: Engine
-    console: Console
-    log: RunLog
-    state: dict | None  # of the checkpoint that was resumed
-    normalization: tuple
-
-
-def assemble(args: argparse.Namespace) -> Run:
+def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack) -> Run:
     """Checks the settings and builds everything. Raises ValueError or CheckpointError."""
     model_settings, data_set, lists = check_settings(args)
     world = start_world(
-        args.device, args.dist_url, args.world_size, local_rank=args.local_rank, itp=args.dist_on_itp
+        args.device,
+        args.dist_url,
+        args.world_size,
+        local_rank=args.local_rank,
+        itp=args.dist_on_itp,
+        dist_timeout=args.dist_timeout,
     )
     for videos in lists.values():
         check_readable(videos, args.decoder)
@@ -198,13 +187,14 @@ def assemble(args: argparse.Namespace) -> Run:
         ema_decay=args.model_ema_decay if args.model_ema else None,
         ema_force_cpu=args.model_ema_force_cpu,
     )
+    to_close.callback(engine.close)
     videos = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items()) + " videos"
     classes = f"{data_set.num_classes} classes of {args.data_set}"
     console.say(describe(args, engine, world, model=classes, videos=videos))
     statistics = "imagenet" if args.imagenet_default_mean_and_std else "half"
     if "mae_st" in args.model:
         statistics = "mae_st"
-    return Run(
+    run = Run(
         args=args,
         model_settings=model_settings,
         data_set=data_set,
@@ -213,9 +203,40 @@ def assemble(args: argparse.Namespace) -> Run:
         engine=engine,
         console=console,
         log=RunLog(output_dir=args.output_dir, log_dir=args.log_dir or args.output_dir, show=is_main),
-        state=None if args.eval else resume(args, engine, model_settings, console),
         normalization=COLOUR_STATISTICS[statistics],
+        signals=signals,
     )
+    return run if args.eval else prepare_training(run, to_close)
+
+
+def prepare_training(run: Run, to_close: ExitStack) -> Run:
+    """What only training needs: where it starts, its checkpoints, its books. Raises CheckpointError."""
+    args, world, console, loader = run.args, run.world, run.console, run.loaders["train"]
+    votes = Votes(timeout=args.dist_timeout)
+    to_close.callback(votes.close)
+    start = resume(args, run.engine, loader.sampler, run.model_settings, world=world, console=console)
+    checkpoints = Checkpoints(
+        engine=run.engine,
+        sampler=loader.sampler,
+        output_dir=args.output_dir if args.save_ckpt else "",
+        about={"args": vars(args), "model_settings": run.model_settings},
+        minutes=args.save_ckpt_minutes,
+        keep=args.keep_ckpts,
+        signals=run.signals,
+        votes=votes,
+        world=world,
+        console=console,
+    )
+    videos, files = loader.dataset.videos, {"output_dir": args.output_dir, "warn": console.warn}
+    books = {
+        "bad_videos": BadVideos(
+            num_videos=len(videos), limit=args.max_bad_videos, is_main=world.rank == 0, **files
+        ),
+        "bad_batches": BadBatches(videos=videos, world=world, **files),
+        "bad_steps": run.engine.bad_steps,
+        "max_bad_steps": args.max_bad_steps,
+    }
+    return run._replace(start=start, checkpoints=checkpoints, books=books)
 
 
 def build_model(args: argparse.Namespace, model_settings: dict, console: Console) -> nn.Module:
@@ -257,6 +278,7 @@ def build_loaders(
         dist_eval=args.dist_eval,
         seed=args.seed,
         decoder=args.decoder,
+        decode_timeout=args.decode_timeout,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem,
         rank=world.rank,
@@ -264,175 +286,19 @@ def build_loaders(
     )
 
 
-def steps_per_epoch(args: argparse.Namespace, loaders: dict[str, DataLoader]) -> int:
-    return loaders["train"].sampler.steps_per_epoch // args.update_freq if "train" in loaders else 0
-
-
-def train(run: Run) -> None:
-    """The epochs of a run: training, validation of the weights and of their average, checkpoints."""
-    args, engine, loader = run.args, run.engine, run.loaders["train"]
-    schedule = build_schedule(
-        args, args.batch_size * args.update_freq * run.world.size, steps_per_epoch(args, run.loaders)
-    )
-    augmentation = {
-        "erasing": ClipErasing(prob=args.reprob, mode=args.remode, count=args.recount),
-        "mixup": ClipMixup(
-            num_classes=run.data_set.num_classes,
-            mixup=args.mixup,
-            cutmix=args.cutmix,
-            cutmix_minmax=args.cutmix_minmax,
-            prob=args.mixup_prob,
-            switch_prob=args.mixup_switch_prob,
-            mode=args.mixup_mode,
-            smoothing=args.smoothing,
-        ),
-    }
-    start_epoch = run.state["epoch"] + 1 if run.state else args.start_epoch
-    best = (run.state or {}).get("best", {"top1": -1.0})
-    run.console.start(start_epoch * steps_per_epoch(args, run.loaders))
-    for epoch in range(start_epoch, args.epochs):
-        loader.sampler.set_epoch(epoch)
-        means = finetune_one_epoch(
-            engine,
-            loader,
-            num_batches=loader.sampler.steps_per_epoch,
-            **augmentation,
-            normalization=run.normalization,
-            schedule=schedule,
-            seed=args.seed,
-            progress=Progress(
-                world=run.world, console=run.console, log=run.log, epoch=epoch, log_freq=args.log_freq
-            ),
-        )
-        found = validate_all(run)
-        best = keep_best(run, found, best, epoch)
-        step = (epoch + 1) * steps_per_epoch(args, run.loaders)
-        for name, values in found.items():
-            run.log.scalars(step, {f"{name}_{k}": v for k, v in values.items()})
-            text = f"{name} top-1 {values['top1']:.2f}  top-5 {values['top5']:.2f}"
-            run.console.say(f"epoch {epoch}  {text}  best so far {best['top1']:.2f}")
-        run.log.epoch({"epoch": epoch, **means, "validation": found, "best": best})
-        if (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs:
-            save(run, f"checkpoint-{epoch}.pth", {"epoch": epoch, "best": best})
-    run.console.close()
-
-
-def validate_all(run: Run) -> dict[str, dict[str, float]]:
-    """What the validation finds of the weights (`model`) and of their average (`ema`); empty without one."""
-    if "val" not in run.loaders:
-        return {}
-    which = ["model", "ema"] if run.engine.ema is not None else ["model"]
-    return {
-        name: validate(run.engine, run.loaders["val"], normalization=run.normalization, ema=name == "ema")
-        for name in which
-    }
-
-
-def keep_best(run: Run, found: dict[str, dict[str, float]], best: dict, epoch: int) -> dict:
-    """Writes checkpoint-best.pth where the validation is better than ever; returns the best so far."""
-    for source, values in found.items():
-        if values["top1"] > best["top1"]:
-            best = {"top1": values["top1"], "epoch": epoch, "source": source}
-    if found and best["epoch"] == epoch:
-        save(run, BEST, {"epoch": epoch, "best": best})
-    return best
-
-
-def save(run: Run, name: str, more: dict) -> None:
-    """A checkpoint in --output_dir: everything to go on from, or for the best only its weights."""
-    if not (run.args.save_ckpt and run.args.output_dir):
-        return
-    state = run.engine.state_dict()  # every rank, since DeepSpeed gathers it
-    if name == BEST:
-        state = {"model": state["model_ema" if more["best"]["source"] == "ema" else "model"]}
-    if run.world.rank == 0:
-        state |= {**more, "args": vars(run.args), "model_settings": run.model_settings}
-        save_checkpoint(Path(run.args.output_dir) / name, state)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def load_for_test(run: Run) -> str:
-    """Loads the weights to be tested; returns their name.
-
-    After training that is the best checkpoint, or without one the last weights. With --eval it is --finetune,
-    --resume, or the best or newest in --output_dir. Raises CheckpointError where there is none, or one
-    without a head of these classes.
-    """
-    args, model = run.args, run.engine.module
-    folder = Path(args.output_dir)
-    best = [folder / BEST] if args.output_dir and (folder / BEST).is_file() else []
-    if not args.eval:
-        if not best or not args.save_ckpt or args.disable_eval_during_finetuning:
-            return "the last weights"
-        model.load_state_dict(read_checkpoint(best[0])["model"])
-        return str(best[0])
-    named = [Path(p) for p in (args.finetune, args.resume) if p]
-    path = next(iter([*named, *best, *(epoch_checkpoints(folder) if args.output_dir else [])]), None)
-    if path is None:
-        raise CheckpointError("--eval has nothing to test: set --finetune to a fine-tuned checkpoint")
-    target = model.encoder if run.model_settings.get("probe") else model
-    if run.model_settings.get("probe"):
-        model.load_state_dict(read_checkpoint(path)["model"])
-        return str(path)
-    report = load_classifier_weights(
-        target, path, model_key=args.model_key, prefix=args.model_prefix, report=run.console.say
-    )
-    if any(name.startswith("head.") for name in report.fresh):
-        raise CheckpointError(
-            f"{path} has no head for {run.data_set.num_classes} classes: --eval needs a fine-tuned checkpoint"
-        )
-    return str(path)
-
-
-def test(run: Run) -> int:
-    """The multi-view test; returns the exit status, 1 where videos could not be read."""
-    args, loader = run.args, run.loaders["test"]
-    tested = load_for_test(run)
-    views = loader.dataset.views
-    run.console.say(f"testing {tested}: {len(loader.dataset)} videos x {len(views)} views")
-    scores = score_views(
-        run.engine,
-        loader,
-        num_classes=run.data_set.num_classes,
-        num_views=len(views),
-        num_batches=len(loader),
-        normalization=run.normalization,
-        fusion=args.view_fusion,
-        clips_at_once=max(1, 3 * args.batch_size // 2),
-        console=Console(total_steps=len(loader), show=run.world.rank == 0),
-    )
-    found = accuracies(scores, skip_unreadable=args.skip_unreadable)
-    if run.world.rank == 0:
-        run.console.say("  ".join(f"{name} {value:.2f}" for name, value in found.items()))
-        if args.output_dir:
-            names = Path(args.labels).read_text().splitlines() if args.labels else None
-            write_results(Path(args.output_dir), scores, loader.dataset.videos, names)
-            (Path(args.output_dir) / "test.json").write_text(
-                json.dumps({"tested": tested, "view_fusion": args.view_fusion, **found}, indent=1) + "\n"
-            )
-        for _, path, reason in scores.bad:
-            print(f"unreadable test video: {path}: {reason}", file=sys.stderr)
-    return 1 if scores.bad and not args.skip_unreadable else 0
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The program: a wrong setting ends it with one line on stderr and status 1."""
+    """The program; see `run_program` for how it ends."""
     args = get_args_parser().parse_args(argv)
-    run = None
-    try:
-        run = assemble(args)
+
+    def work(signals: StopSignals, to_close: ExitStack) -> int:
+        run = assemble(args, signals, to_close)
         if not args.eval:
             train(run)
         status = test(run)
         run.log.close()
         return status
-    except (ValueError, CheckpointError, FloatingPointError) as error:
-        raise SystemExit(f"run_class_finetuning.py: error: {error}") from error
-    finally:
-        if run is not None:
-            run.engine.close()
-        stop_world()
+
+    return run_program("run_class_finetuning.py", work)
 
 
 if __name__ == "__main__":

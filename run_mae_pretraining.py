@@ -1,7 +1,9 @@
 """Pre-trains AdaMAE or VideoMAE on a list of videos. Flags and assembly only; PRETRAIN.md has the recipes."""
 
 import argparse
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,10 +12,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import panels
+import watchdog
 from augment import COLOUR_STATISTICS, build_pretrain_transform, to_pixels
-from checkpoint import CheckpointError, save_checkpoint
+from bad_steps import BadBatches
+from bad_videos import BadVideos
 from engine_for_pretraining import Losses, pretrain_one_epoch
-from flags import ON_OFF, build_engine, build_schedule, check_common, common_parser, describe, resume
+from flags import ON_OFF, build_engine, build_schedule, check_common, common_parser, describe
 from lists import VideoList, check_readable, read_list
 from loaders import build_pretraining_loader
 from logs import Console, Progress, RunLog
@@ -21,8 +25,11 @@ from masking_generator import ALIASES, RULES, visible_count
 from modeling_finetune import POSITIONS, parse_model_name, token_grid
 from modeling_pretrain import PRETRAIN_MODELS, create_pretrain_model
 from optim import Engine
+from program import run_program
+from saving import Checkpoints, Start, resume
+from stopping import StopSignals, Votes
 from targets import ERRORS
-from utils import World, seed_all, start_world, stop_world
+from utils import World, seed_all, start_world
 
 
 # fmt: off
@@ -120,6 +127,7 @@ def build_loader(args: argparse.Namespace, videos: VideoList, size: int, world: 
         rank=world.rank,
         world_size=world.size,
         decoder=args.decoder,
+        decode_timeout=args.decode_timeout,
     )
 
 
@@ -133,22 +141,32 @@ class Run(NamedTuple):
     engine: Engine
     losses: Losses
     schedule: Callable[[int], tuple[float, float]]
-    start_epoch: int
+    start: Start
+    checkpoints: Checkpoints
+    books: dict  # of what goes wrong, for `Progress`
     console: Console
     log: RunLog
 
 
-def assemble(args: argparse.Namespace) -> Run:
+def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack) -> Run:
     """Checks the settings and builds everything. Raises ValueError or CheckpointError."""
     model_settings, videos = check_settings(args)
     world = start_world(
-        args.device, args.dist_url, args.world_size, local_rank=args.local_rank, itp=args.dist_on_itp
+        args.device,
+        args.dist_url,
+        args.world_size,
+        local_rank=args.local_rank,
+        itp=args.dist_on_itp,
+        dist_timeout=args.dist_timeout,
     )
     check_readable(videos, args.decoder)
     loader = build_loader(args, videos, model_settings["input_size"], world)
     seed_all(args.seed)
     model = create_pretrain_model(**model_settings).to(world.device)
     engine = build_engine(args, model, world, watch={"sampler": model.sampler_parameters()})
+    to_close.callback(engine.close)
+    votes = Votes(timeout=args.dist_timeout)
+    to_close.callback(votes.close)
     steps_per_epoch = loader.sampler.steps_per_epoch // args.update_freq
     total_batch = args.batch_size * args.update_freq * world.size
 
@@ -158,7 +176,7 @@ def assemble(args: argparse.Namespace) -> Run:
     tokens = f"{masking.num_visible} of {masking.num_tokens} tokens visible"
     text = f"{masking.mask_type} masking: {tokens}"
     console.say(describe(args, engine, world, model=text, videos=f"{len(videos)} videos"))
-    state = resume(args, engine, model_settings, console)
+    start = resume(args, engine, loader.sampler, model_settings, world=world, console=console)
     return Run(
         args=args,
         model_settings=model_settings,
@@ -173,7 +191,31 @@ def assemble(args: argparse.Namespace) -> Run:
             sampling_weight=args.sampling_loss_weight,
         ),
         schedule=build_schedule(args, total_batch, steps_per_epoch),
-        start_epoch=state["epoch"] + 1 if state else args.start_epoch,
+        start=start,
+        checkpoints=Checkpoints(
+            engine=engine,
+            sampler=loader.sampler,
+            output_dir=args.output_dir,
+            about={"args": vars(args), "model_settings": model_settings},
+            minutes=args.save_ckpt_minutes,
+            keep=args.keep_ckpts,
+            signals=signals,
+            votes=votes,
+            world=world,
+            console=console,
+        ),
+        books={
+            "bad_videos": BadVideos(
+                output_dir=args.output_dir,
+                num_videos=len(videos),
+                limit=args.max_bad_videos,
+                is_main=is_main,
+                warn=console.warn,
+            ),
+            "bad_batches": BadBatches(output_dir=args.output_dir, videos=videos, world=world, warn=console.warn),
+            "bad_steps": engine.bad_steps,
+            "max_bad_steps": args.max_bad_steps,
+        },
         console=console,
         log=RunLog(output_dir=args.output_dir, log_dir=args.log_dir or args.output_dir, show=is_main),
     )
@@ -181,42 +223,54 @@ def assemble(args: argparse.Namespace) -> Run:
 
 def train(run: Run) -> None:
     """The epochs of a run, with a checkpoint and a picture every few of them."""
-    args, engine, console, is_main = run.args, run.engine, run.console, run.world.rank == 0
+    args, console, is_main = run.args, run.console, run.world.rank == 0
     normalization = COLOUR_STATISTICS["imagenet" if args.imagenet_default_mean_and_std else "half"]
     num_batches = run.loader.sampler.steps_per_epoch
-    console.start(run.start_epoch * num_batches // args.update_freq)
-    for epoch in range(run.start_epoch, args.epochs):
-        run.loader.sampler.set_epoch(epoch)
+    first_batch, state = run.start.batch, run.start.state.get("progress")
+    console.start((run.start.epoch * num_batches + first_batch) // args.update_freq)
+    for epoch in range(run.start.epoch, args.epochs):
+        run.loader.sampler.set_epoch(epoch, first_batch)
+        progress = Progress(
+            world=run.world,
+            console=console,
+            log=run.log,
+            epoch=epoch,
+            log_freq=args.log_freq,
+            **run.books,
+            state=state,
+        )
+
+        def step_done(batch: int, epoch: int = epoch, progress: Progress = progress) -> None:
+            run.checkpoints.step_done(epoch, batch, lambda: {"progress": progress.state_dict()})
+
         means = pretrain_one_epoch(
-            engine,
+            run.engine,
             run.loader,
             num_batches=num_batches,
+            first_batch=first_batch,
+            clips_a_video=args.num_sample,
             losses=run.losses,
             normalization=normalization,
             schedule=run.schedule,
             seed=args.seed,
-            progress=Progress(world=run.world, console=console, log=run.log, epoch=epoch, log_freq=args.log_freq),
+            progress=progress,
+            step_done=step_done,
         )
+        first_batch, state = 0, None
         run.log.epoch({"epoch": epoch, **means})
         is_last = epoch + 1 == args.epochs
-        if args.output_dir and ((epoch + 1) % args.save_ckpt_freq == 0 or is_last):
-            save(run, epoch)
+        if (epoch + 1) % args.save_ckpt_freq == 0 or is_last:
+            run.checkpoints.epoch_done(epoch)
         if is_main and args.vis_freq and ((epoch + 1) % args.vis_freq == 0 or is_last):
             draw(run, epoch, normalization)
     console.close()
     run.log.close()
-
-
-def save(run: Run, epoch: int) -> None:
-    """checkpoint-<epoch>.pth: the published keys, the flags, and the settings that rebuild the model."""
-    state = run.engine.state_dict()  # every rank, since DeepSpeed gathers it
-    if run.world.rank == 0:
-        state |= {"epoch": epoch, "args": vars(run.args), "model_settings": run.model_settings}
-        save_checkpoint(Path(run.args.output_dir) / f"checkpoint-{epoch}.pth", state)
+    run.checkpoints.finish()
 
 
 def draw(run: Run, epoch: int, normalization: tuple) -> None:
     """The five panels of the list's first clips, always the same ones, to a file and TensorBoard."""
+    watchdog.tick("drawing")
     dataset = run.loader.dataset
     clips = torch.stack([dataset[0, i]["clips"][0] for i in range(min(4, len(dataset)))])  # (n,3,T,H,W)
     picture = panels.training_picture(
@@ -232,20 +286,16 @@ def draw(run: Run, epoch: int, normalization: tuple) -> None:
         Image.fromarray(picture).save(folder / f"epoch-{epoch:04d}.png")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The program: a wrong setting ends it with one line on stderr and status 1."""
+def main(argv: list[str] | None = None) -> int:
+    """The program; see `run_program` for how it ends."""
     args = get_args_parser().parse_args(argv)
-    run = None
-    try:
-        run = assemble(args)
-        train(run)
-    except (ValueError, CheckpointError, FloatingPointError) as error:
-        raise SystemExit(f"run_mae_pretraining.py: error: {error}") from error
-    finally:
-        if run is not None:
-            run.engine.close()
-        stop_world()
+
+    def work(signals: StopSignals, to_close: ExitStack) -> int:
+        train(assemble(args, signals, to_close))
+        return 0
+
+    return run_program("run_mae_pretraining.py", work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

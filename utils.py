@@ -2,13 +2,18 @@
 
 import os
 import random
-import subprocess
+import re
+import socket
+import sys
+from datetime import timedelta
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import init_distributed_device_so
+from torch.distributed.rendezvous import rendezvous
+
+import watchdog
 
 
 class World(NamedTuple):
@@ -26,19 +31,25 @@ def start_world(
     *,
     local_rank: int = -1,
     itp: bool = False,
+    dist_timeout: float = 600.0,
 ) -> World:
-    """Joins the other processes of the job, if any: torchrun, SLURM, or one process alone.
+    """Joins the other processes of the job, if any: torchrun, srun, or one process alone.
 
     Args:
         device: "auto" takes CUDA where there is one, else the CPU; or "cuda", "cuda:1", "cpu".
+        dist_url: where the processes meet; "env://" is at MASTER_ADDR and MASTER_PORT.
         world_size: processes there should be; 1 leaves it to the launcher.
         local_rank: what torch.distributed.launch passes on the command line instead of the environment.
         itp: take the ranks from Open MPI's environment variables.
+        dist_timeout: seconds in which the processes must meet, and after which one that is dead or hangs ends
+            the run (`watchdog`).
 
     Raises:
-        ValueError: CUDA was asked for by name and there is none, or the launcher started another number of
-            processes.
+        ValueError: CUDA was asked for by name and there is none, the launcher started another number of
+            processes, or they did not meet in time.
     """
+    if dist_timeout <= 0:
+        raise ValueError(f"--dist_timeout {dist_timeout} must be positive (seconds)")
     if itp:
         for theirs, ours in (("RANK", "RANK"), ("SIZE", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_RANK")):
             os.environ[ours] = os.environ[f"OMPI_COMM_WORLD_{theirs}"]
@@ -48,28 +59,75 @@ def start_world(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this machine has no CUDA device; use --device cpu or auto")
-    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-        os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
-    found = init_distributed_device_so(device=device, dist_url=dist_url)
-    if world_size not in (1, found["world_size"]):
+    if "WORLD_SIZE" not in os.environ:
+        _read_slurm()
+    names = {"LOCAL_RANK": 0, "RANK": 0, "WORLD_SIZE": 1}
+    local_rank, rank, size = (int(os.environ.get(name, alone)) for name, alone in names.items())
+    if world_size not in (1, size):
         raise ValueError(
-            f"--world_size {world_size}, but {found['world_size']} processes were started: use torchrun "
+            f"--world_size {world_size}, but {size} processes were started: use torchrun "
             "--nproc_per_node or srun, which tell the number by themselves"
         )
-    return World(torch.device(found["device"]), found["global_rank"], found["world_size"])
+    if size > 1:
+        device = _join(device, dist_url, local_rank, rank, size, dist_timeout)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    return World(torch.device(device), rank, size)
 
 
-def _first_slurm_host() -> str:
-    nodes = os.environ.get("SLURM_JOB_NODELIST", "localhost")
-    if "[" not in nodes:
-        return nodes.split(",")[0]
-    command = ["scontrol", "show", "hostnames", nodes]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+def _join(device: str, dist_url: str, local_rank: int, rank: int, size: int, dist_timeout: float) -> str:
+    """Meets the other processes, forms the process group, and returns the device of this one."""
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    timeout = timedelta(seconds=dist_timeout)
+    try:
+        store, rank, size = next(rendezvous(dist_url, rank, size, timeout=timeout))
+        # The watchdog knows more than a collective that times out, so it comes first.
+        watchdog.watch(store, rank=rank, size=size, timeout=dist_timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=1.5 * timeout)
+    except dist.DistError as error:
+        where = (
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if "env" in dist_url else dist_url
+        )
+        raise ValueError(
+            f"rank {rank} on host {socket.gethostname()}: {size} processes did not meet at {where} within "
+            f"--dist_timeout {dist_timeout:g} seconds: {str(error).splitlines()[0]}"
+        ) from error
+    if backend == "gloo":
+        return device
+    return f"cuda:{local_rank if torch.cuda.device_count() > 1 else 0}"  # srun may show each task its own GPU only
+
+
+def _read_slurm() -> None:
+    """The meeting point and the ranks of a step of srun, as torchrun gives them.
+
+    Outside a step, in the job's script, the number of tasks is that of steps to come.
+    """
+    if "SLURM_STEP_ID" not in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) == 1:
+        return
+    job, step = int(os.environ.get("SLURM_JOB_ID", 0)), int(os.environ["SLURM_STEP_ID"])
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "localhost")
+    os.environ.setdefault("MASTER_ADDR", first_slurm_host(nodes))
+    os.environ.setdefault("MASTER_PORT", str(20000 + (job + 1000 * step) % 20000))
+    for theirs, ours in (("PROCID", "RANK"), ("NTASKS", "WORLD_SIZE"), ("LOCALID", "LOCAL_RANK")):
+        os.environ[ours] = os.environ[f"SLURM_{theirs}"]
+
+
+def first_slurm_host(nodes: str) -> str:
+    """The first host of SLURM's short form of a list: "node[01-04,07],x9" -> "node01"."""
+    first = re.match(r"([^\[,]|\[[^\]]*\])*", nodes)[0]  # up to the first comma outside brackets
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
 
 def stop_world() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group, if there is one. To be called in a `finally`.
+
+    An exception on its way makes this rank and its host be named, and the other ranks leave too. A `SystemExit`
+    with a number is a good end.
+    """
+    error = sys.exc_info()[1]
+    if isinstance(error, SystemExit):
+        error = (error.__cause__ or error) if isinstance(error.code, str) else None
+    watchdog.unwatch(error)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 import av
 import numpy as np
 import torch
+from av.stream import Disposition
+
+MAX_SIDE, MAX_PIXELS = 16384, 8192 * 4320  # of a frame; only a damaged header promises more than 8K
 
 
 class VideoError(RuntimeError):
@@ -36,9 +39,11 @@ def _video_errors(path):
     """Turn whatever the libraries raise about one file into a VideoError."""
     try:
         yield
-    except (VideoError, MemoryError):
+    except VideoError:
         raise
     except Exception as error:
+        if isinstance(error, MemoryError) and not isinstance(error, av.FFmpegError):
+            raise  # this machine's; FFmpeg's says that a damaged file asks for too much
         first_line = (str(error).strip().splitlines() or ["no message"])[0]
         raise VideoError(path, f"{type(error).__name__}: {first_line}") from error
 
@@ -75,8 +80,16 @@ def _open_stream(path):
     if stream is None:
         container.close()
         raise VideoError(path, "has no video stream")
+    if stream.disposition & Disposition.attached_pic:
+        container.close()
+        raise VideoError(path, "has no video stream, only a cover picture")
     stream.codec_context.thread_count = 1
     return container, stream
+
+
+def _check_size(path, height: int, width: int) -> None:
+    if max(height, width) > MAX_SIDE or height * width > MAX_PIXELS:
+        raise VideoError(path, f"has frames of {width} x {height} pixels, more than 8K: not a sound header")
 
 
 def index_video(path) -> VideoIndex:
@@ -86,10 +99,12 @@ def index_video(path) -> VideoIndex:
             raise VideoError(path, "is empty (0 bytes)")
         container, stream = _open_stream(path)
         with container:
+            _check_size(path, stream.codec_context.height, stream.codec_context.width)
             times, keys, end, first, traits = _scan(path, container, stream)
             span = 0 if "no times" in traits else float((end - times[0]) * stream.time_base)
             promised = float((stream.duration or 0) * stream.time_base)
             rate = float(stream.average_rate or stream.guessed_rate or 0)
+    _check_size(path, first.height, first.width)
     if span and promised - span > 0.5:
         raise VideoError(path, f"is cut off: {span:.1f} s of video, its header says {promised:.1f} s")
     if first.height % 2 or first.format.components[0].bits > 8:
@@ -134,7 +149,10 @@ def _scan(path, container, stream):
             end = max(end, time + (packet.duration or 0))
     if not times or not keys or first is None:
         raise VideoError(path, "holds no frame that can be decoded")
-    return sorted(times), sorted(keys), end, first, traits
+    times.sort()
+    if end <= times[-1]:  # ASF does not tell how long a frame lasts
+        end = times[-1] + (times[-1] - times[0]) / max(1, len(times) - 1)
+    return times, sorted(keys), end, first, traits
 
 
 # -------------------------------------------------------------------------------------------- the decoders
@@ -147,6 +165,7 @@ class PyAV:
 
     def __init__(self, path, index: VideoIndex):
         self.path, self.index = path, index
+        self.stored_size = index.size if index.turns % 2 == 0 else index.size[::-1]
         self.container, self.stream = _open_stream(path)
 
     @staticmethod
@@ -168,6 +187,8 @@ class PyAV:
     def _picture(self, frame) -> np.ndarray:
         if frame.is_corrupt:
             raise VideoError(self.path, f"is damaged at {frame.time} s")
+        if (frame.height, frame.width) != self.stored_size:
+            raise VideoError(self.path, f"changes its size to {frame.width} x {frame.height} at {frame.time} s")
         return np.rot90(frame.to_ndarray(format="rgb24", threads=1), self.index.turns)
 
     def _read_from_keys(self, indices, pictures: dict[int, np.ndarray]):
@@ -284,7 +305,16 @@ class Video:
         self.path, self.num_frames, self.fps, self.size = path, index.num_frames, index.fps, index.size
         self._index = index
         with _video_errors(path):
-            self._reader = reader(path, index)
+            self._reader = self._open(reader)
+
+    def _open(self, reader):
+        """What another library refuses (decord: AV1) PyAV gets to read, or to refuse."""
+        try:
+            return reader(self.path, self._index)
+        except Exception:
+            if reader is PyAV:
+                raise
+            return PyAV(self.path, self._index)
 
     def __enter__(self):
         return self
@@ -307,7 +337,7 @@ class Video:
             return frames[torch.from_numpy(place)].permute(0, 3, 1, 2)  # (T,3,H,W)
 
     def _read(self, indices: list[int]) -> torch.Tensor:
-        """What another library refuses (decord: frames 40 or 48 pixels wide) PyAV gets to read, or to refuse."""
+        """As `_open`, for what is refused only now (decord: frames 40 or 48 pixels wide)."""
         try:
             return self._reader.read(indices)
         except Exception:

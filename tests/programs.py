@@ -26,8 +26,9 @@ def start(main: Callable[[list[str]], int | None], *flags) -> Done:
         try:
             status = main([str(f) for f in flags]) or 0
         except SystemExit as stop:
-            print(stop, file=sys.stderr)
-            status = 1
+            status = stop.code if isinstance(stop.code, int) else 1
+            if not isinstance(stop.code, int):
+                print(stop, file=sys.stderr)
     return Done(status, out.getvalue(), err.getvalue())
 
 

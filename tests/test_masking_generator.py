@@ -112,7 +112,7 @@ def test_adaptive_draw_has_the_exact_inclusion_probabilities(count):
     p = [0.4, 0.25, 0.15, 0.1, 0.06, 0.04]
     draws = 40_000
     torch.manual_seed(3)
-    drawn = draw_without_replacement(torch.tensor(p).log().expand(draws, -1), count)
+    drawn = draw_without_replacement(torch.tensor(p).log().expand(draws, -1), torch.rand(draws, len(p)), count)
     frequency = torch.bincount(drawn.flatten(), minlength=len(p)).double() / draws
     expected = exact_inclusion(p, count)
     standard_error = (expected * (1 - expected) / draws).sqrt().clamp_min(1e-4)
@@ -125,7 +125,7 @@ def test_adaptive_draw_with_probabilities_of_zero():
     logits[:, :3] = 0.0
     log_p = logits.log_softmax(1)
     assert (log_p.exp() > 0).sum() == 300
-    drawn = draw_without_replacement(log_p, 8)
+    drawn = draw_without_replacement(log_p, torch.rand(100, 64), 8)
     assert all(len(set(row.tolist())) == 8 and {0, 1, 2} <= set(row.tolist()) for row in drawn)
     later = drawn[:, 3:].flatten()
     assert len(later.unique()) > 40  # among equals the draw stays random
@@ -133,7 +133,7 @@ def test_adaptive_draw_with_probabilities_of_zero():
 
 def test_adaptive_draw_in_half_precision_is_made_in_float32():
     log_p = torch.tensor([[0.0, -0.0625, -8.0, -8.0]]).log_softmax(1).half()
-    assert draw_without_replacement(log_p, 2).dtype == torch.int64
+    assert draw_without_replacement(log_p, torch.rand(1, 4), 2).dtype == torch.int64
 
 
 def test_split_tokens_takes_any_order():

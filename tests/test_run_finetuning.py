@@ -12,7 +12,7 @@ from golden import ROOT
 from programs import Done, start, start_process
 from videos import write_video
 
-from flags import AT_LEAST_ONE
+from flags import AT_LEAST_ONE, AT_LEAST_ZERO
 from modeling_pretrain import create_pretrain_model
 from run_class_finetuning import get_args_parser, main
 
@@ -270,11 +270,12 @@ def test_a_pretrained_checkpoint_cannot_be_tested(data, pretrained):
 
 
 def test_every_flag_is_read():
-    """Each flag's name stands in the program or in `flags.py`, as `args.<name>` or among those counted."""
-    source = (ROOT / PROGRAM).read_text() + (ROOT / "flags.py").read_text()
+    """Each flag's name stands in the program or in what it shares, as `args.<name>` or among those counted."""
+    source = "".join((ROOT / name).read_text() for name in (PROGRAM, "finetuning.py", "flags.py", "saving.py"))
+    counted = (*AT_LEAST_ONE, *AT_LEAST_ZERO)
     for action in get_args_parser()._actions:
         if action.dest != "help":
-            assert f"args.{action.dest}" in source or action.dest in AT_LEAST_ONE, action.dest
+            assert f"args.{action.dest}" in source or action.dest in counted, action.dest
 
 
 def test_published_flags_and_defaults():

@@ -9,7 +9,7 @@ from golden import ROOT
 from programs import Done, start, start_process
 from videos import write_video
 
-from flags import AT_LEAST_ONE, build_engine, build_schedule
+from flags import AT_LEAST_ONE, AT_LEAST_ZERO, build_engine, build_schedule
 from modeling_pretrain import create_pretrain_model
 from run_mae_pretraining import check_settings, get_args_parser, main
 from utils import World
@@ -185,21 +185,19 @@ def test_wrong_settings_are_one_line_that_says_what_to_change(data, tmp_path, fl
     assert not list(tmp_path.glob("out/*.pth"))
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path):
-    done = start(
-        main,
-        *SMALL_RUN,
-        "--data_path",
-        data / "list.csv",
-        "--output_dir",
-        tmp_path,
-        "--lr",
-        "1e30",
-        "--epochs",
-        "4",
-    )
+def test_losses_that_stay_not_finite_end_the_run(data, tmp_path):
+    """Its steps are skipped, its videos written down, and the checkpoints of before are left alone."""
+    pretrain(data, tmp_path, "--epochs", "1")
+    before = (tmp_path / "checkpoint-0.pth").read_bytes()
+    flags = ["--lr", "1e30", "--epochs", "4", "--max_bad_steps", "3", "--save_ckpt_freq", "9"]
+    done = start(main, *SMALL_RUN, "--data_path", data / "list.csv", "--output_dir", tmp_path, *flags)
     assert done.returncode != 0
-    assert re.search(r"the loss is (nan|inf) at step \d+ .* lower --lr", done.stderr)
+    assert re.search(r"not finite in 3 steps in a row of epoch \d .*bad_batches\.csv.* lower --lr", done.stderr)
+    rows = (tmp_path / "bad_batches.csv").read_text().splitlines()
+    assert rows[0] == "step,rank,loss,path" and len(rows) == 1 + 3 * 4
+    assert all(re.fullmatch(r"\d+,0,(nan|inf),.*/\d\.mp4", row) for row in rows[1:])
+    assert [p.name for p in tmp_path.glob("*.pth")] == ["checkpoint-0.pth"]
+    assert (tmp_path / "checkpoint-0.pth").read_bytes() == before
 
 
 def test_another_model_does_not_resume(straight, data):
@@ -231,11 +229,12 @@ def test_lists_without_a_readable_video_or_with_a_bad_line(tmp_path):
 
 
 def test_every_flag_is_read():
-    """Each flag's name stands in the program or in `flags.py`, as `args.<name>` or among those counted."""
-    source = (ROOT / PROGRAM).read_text() + (ROOT / "flags.py").read_text()
+    """Each flag's name stands in the program or in what it shares, as `args.<name>` or among those counted."""
+    source = "".join((ROOT / name).read_text() for name in (PROGRAM, "flags.py", "saving.py"))
+    counted = (*AT_LEAST_ONE, *AT_LEAST_ZERO)
     for action in get_args_parser()._actions:
         if action.dest != "help":
-            assert f"args.{action.dest}" in source or action.dest in AT_LEAST_ONE, action.dest
+            assert f"args.{action.dest}" in source or action.dest in counted, action.dest
 
 
 def test_flags_reach_model_engine_and_schedule(data):

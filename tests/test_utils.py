@@ -20,13 +20,13 @@ def test_a_seed_is_a_function_of_all_its_words():
 
 def test_meters_give_means_and_start_again():
     meters = Meters(CPU)
-    assert meters.read() == {}
     for value in (1.0, 2.0, 6.0):
         meters.add(loss=torch.tensor(value), other=torch.tensor(-value))
-    assert meters.read() == {"loss": 3.0, "other": -3.0}
+    meters.add(loss=torch.tensor(float("nan")), other=torch.tensor(0.0))  # left out
+    assert meters.read(5.0) == ({"loss": 3.0, "other": -3.0}, 3, [5.0])
     meters.reset()
     meters.add(loss=torch.tensor(4.0), other=torch.tensor(0.0))
-    assert meters.read() == {"loss": 4.0, "other": 0.0}
+    assert meters.read() == ({"loss": 4.0, "other": 0.0}, 1, [])
 
 
 def test_one_process_alone(monkeypatch):

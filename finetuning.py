@@ -1,0 +1,203 @@
+"""A fine-tuning run, assembled: its epochs, validations, best checkpoint, and the test at its end."""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader
+
+from augment_finetune import ClipErasing, ClipMixup
+from checkpoint import CheckpointError, epoch_checkpoints, read_checkpoint
+from datasets import DataSet
+from engine_for_finetuning import finetune_one_epoch, score_views, validate
+from evaluation import accuracies, write_results
+from flags import build_schedule
+from logs import Console, Progress, RunLog
+from optim import Engine
+from saving import Checkpoints, Start
+from stopping import SAVED, Stopped, StopSignals
+from utils import World, sum_over_ranks
+from weights import load_classifier_weights
+
+BEST = "checkpoint-best.pth"
+
+
+class Run(NamedTuple):
+    """Everything a run needs, assembled and checked."""
+
+    args: argparse.Namespace
+    model_settings: dict
+    data_set: DataSet
+    world: World
+    loaders: dict[str, DataLoader]
+    engine: Engine
+    console: Console
+    log: RunLog
+    normalization: tuple
+    signals: StopSignals
+    start: Start | None = None  # the rest is None where nothing is trained
+    checkpoints: Checkpoints | None = None
+    books: dict | None = None  # of what goes wrong, for `Progress`
+
+
+def steps_per_epoch(args: argparse.Namespace, loaders: dict[str, DataLoader]) -> int:
+    return loaders["train"].sampler.steps_per_epoch // args.update_freq if "train" in loaders else 0
+
+
+def train(run: Run) -> None:
+    """The epochs of a run: training, validation of the weights and of their average, checkpoints."""
+    args, engine, loader = run.args, run.engine, run.loaders["train"]
+    schedule = build_schedule(
+        args, args.batch_size * args.update_freq * run.world.size, steps_per_epoch(args, run.loaders)
+    )
+    augmentation = {
+        "erasing": ClipErasing(prob=args.reprob, mode=args.remode, count=args.recount),
+        "mixup": ClipMixup(
+            num_classes=run.data_set.num_classes,
+            mixup=args.mixup,
+            cutmix=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            smoothing=args.smoothing,
+        ),
+    }
+    num_batches = loader.sampler.steps_per_epoch
+    first_batch, state = run.start.batch, run.start.state.get("progress")
+    best = run.start.state.get("best", {"top1": -1.0})
+    run.console.start((run.start.epoch * num_batches + first_batch) // args.update_freq)
+    for epoch in range(run.start.epoch, args.epochs):
+        loader.sampler.set_epoch(epoch, first_batch)
+        progress = Progress(
+            world=run.world,
+            console=run.console,
+            log=run.log,
+            epoch=epoch,
+            log_freq=args.log_freq,
+            state=state,
+            **run.books,
+        )
+
+        def more(best: dict = best, progress: Progress = progress) -> dict:
+            return {"best": best, "progress": progress.state_dict()}
+
+        means = finetune_one_epoch(
+            engine,
+            loader,
+            num_batches=num_batches,
+            first_batch=first_batch,
+            **augmentation,
+            normalization=run.normalization,
+            schedule=schedule,
+            seed=args.seed,
+            progress=progress,
+            step_done=partial(run.checkpoints.step_done, epoch, more=more),
+        )
+        first_batch, state = 0, None
+        found = validate_all(run)
+        run.checkpoints.pause(epoch, num_batches, more)  # a validation that was cut short is made again
+        best = keep_best(run, found, best, epoch)
+        step = (epoch + 1) * steps_per_epoch(args, run.loaders)
+        for name, values in found.items():
+            run.log.scalars(step, {f"{name}_{k}": v for k, v in values.items()})
+            text = f"{name} top-1 {values['top1']:.2f}  top-5 {values['top5']:.2f}"
+            run.console.say(f"epoch {epoch}  {text}  best so far {best['top1']:.2f}")
+        run.log.epoch({"epoch": epoch, **means, "validation": found, "best": best})
+        if (epoch + 1) % args.save_ckpt_freq == 0 or epoch + 1 == args.epochs:
+            run.checkpoints.epoch_done(epoch, best=best)
+    run.console.close()
+    run.checkpoints.finish()
+
+
+def validate_all(run: Run) -> dict[str, dict[str, float]]:
+    """What the validation finds of the weights (`model`) and of their average (`ema`); empty without one."""
+    if "val" not in run.loaders:
+        return {}
+    how = {"normalization": run.normalization, "stop": lambda: bool(run.signals.status)}
+    which = ["model", "ema"] if run.engine.ema is not None else ["model"]
+    return {name: validate(run.engine, run.loaders["val"], ema=name == "ema", **how) for name in which}
+
+
+def keep_best(run: Run, found: dict[str, dict[str, float]], best: dict, epoch: int) -> dict:
+    """Writes checkpoint-best.pth where the validation is better than ever; returns the best so far."""
+    for source, values in found.items():
+        if values["top1"] > best["top1"]:
+            best = {"top1": values["top1"], "epoch": epoch, "source": source}
+    if found and best["epoch"] == epoch:
+        chosen = "model_ema" if best["source"] == "ema" else "model"
+        run.checkpoints.write(BEST, {"epoch": epoch, "best": best}, only=lambda state: {"model": state[chosen]})
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every rank reads it for the test
+    return best
+
+
+def load_for_test(run: Run) -> str:
+    """Loads the weights to be tested; returns their name.
+
+    After training that is the best checkpoint, or without one the last weights. With --eval it is --finetune,
+    --resume, or the best or newest in --output_dir. Raises CheckpointError where there is none, or one
+    without a head of these classes.
+    """
+    args, model = run.args, run.engine.module
+    folder = Path(args.output_dir)
+    best = [folder / BEST] if args.output_dir and (folder / BEST).is_file() else []
+    if not args.eval:
+        if not best or not args.save_ckpt or args.disable_eval_during_finetuning:
+            return "the last weights"
+        model.load_state_dict(read_checkpoint(best[0])["model"])
+        return str(best[0])
+    named = [Path(p) for p in (args.finetune, args.resume) if p]
+    path = next(iter([*named, *best, *(epoch_checkpoints(folder) if args.output_dir else [])]), None)
+    if path is None:
+        raise CheckpointError("--eval has nothing to test: set --finetune to a fine-tuned checkpoint")
+    target = model.encoder if run.model_settings.get("probe") else model
+    if run.model_settings.get("probe"):
+        model.load_state_dict(read_checkpoint(path)["model"])
+        return str(path)
+    report = load_classifier_weights(
+        target, path, model_key=args.model_key, prefix=args.model_prefix, report=run.console.say
+    )
+    if any(name.startswith("head.") for name in report.fresh):
+        raise CheckpointError(
+            f"{path} has no head for {run.data_set.num_classes} classes: --eval needs a fine-tuned checkpoint"
+        )
+    return str(path)
+
+
+def test(run: Run) -> int:
+    """The multi-view test; returns the exit status, 1 where videos could not be read."""
+    args, loader = run.args, run.loaders["test"]
+    tested = load_for_test(run)
+    views = loader.dataset.views
+    run.console.say(f"testing {tested}: {len(loader.dataset)} videos x {len(views)} views")
+    scores = score_views(
+        run.engine,
+        loader,
+        num_classes=run.data_set.num_classes,
+        num_views=len(views),
+        num_batches=len(loader),
+        normalization=run.normalization,
+        fusion=args.view_fusion,
+        clips_at_once=max(1, 3 * args.batch_size // 2),
+        stop=lambda: bool(run.signals.status),
+        console=Console(total_steps=len(loader), show=run.world.rank == 0),
+    )
+    if sum_over_ranks(run.signals.status, run.world.device):
+        raise Stopped("stopped during the test: start the same command again to repeat it", SAVED)
+    found = accuracies(scores, skip_unreadable=args.skip_unreadable)
+    if run.world.rank == 0:
+        run.console.say("  ".join(f"{name} {value:.2f}" for name, value in found.items()))
+        if args.output_dir:
+            names = Path(args.labels).read_text().splitlines() if args.labels else None
+            write_results(Path(args.output_dir), scores, loader.dataset.videos, names)
+            (Path(args.output_dir) / "test.json").write_text(
+                json.dumps({"tested": tested, "view_fusion": args.view_fusion, **found}, indent=1) + "\n"
+            )
+        for _, path, reason in scores.bad:
+            print(f"unreadable test video: {path}: {reason}", file=sys.stderr)
+    return 1 if scores.bad and not args.skip_unreadable else 0
