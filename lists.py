@@ -2,12 +2,14 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from isolation import Isolated
 from video import VideoError, open_video
 
 SUFFIXES = "mp4|webm|avi|mkv|mov|m4v|mpg|mpeg|wmv|flv|3gp"
@@ -174,17 +176,32 @@ def check_labels(videos: VideoList, num_classes: int) -> None:
     )
 
 
-def check_readable(videos: VideoList, decoder: str = "auto", *, limit: int = 1000) -> str:
+def check_readable(
+    videos: VideoList, decoder: str = "auto", *, decode_timeout: float = 0, limit: int = 1000
+) -> str:
     """Path of the first video, of at most `limit` spread evenly over the list, whose first frame decodes.
 
-    For a look before training starts. Raises ListError with the first reasons when none does.
+    For a look before training starts. decode_timeout: as in `datasets`. Raises ListError with the first reasons
+    when none does.
     """
+    look = Isolated(partial(_decode_first_frame, decoder=decoder), decode_timeout)
+    try:
+        return _first_readable(videos, look, limit)
+    finally:
+        look.stop()
+
+
+def _decode_first_frame(path: str, *, decoder: str) -> None:
+    with open_video(path, decoder) as video:
+        video.get_frames([0])
+
+
+def _first_readable(videos: VideoList, look: Callable[[str], None], limit: int) -> str:
     failures = []
     for index in np.linspace(0, len(videos) - 1, min(len(videos), limit), dtype=int):
         try:
             path = videos[index].path
-            with open_video(path, decoder) as video:
-                video.get_frames([0])
+            look(path)
             return path
         except VideoError as error:
             failures.append(error)

@@ -173,7 +173,7 @@ def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack
         dist_timeout=args.dist_timeout,
     )
     for videos in lists.values():
-        check_readable(videos, args.decoder)
+        check_readable(videos, args.decoder, decode_timeout=args.decode_timeout)
     loaders = build_loaders(args, data_set, lists, model_settings, world)
     is_main = world.rank == 0
     console = Console(total_steps=steps_per_epoch(args, loaders) * args.epochs, show=is_main)

@@ -159,7 +159,7 @@ def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack
         itp=args.dist_on_itp,
         dist_timeout=args.dist_timeout,
     )
-    check_readable(videos, args.decoder)
+    check_readable(videos, args.decoder, decode_timeout=args.decode_timeout)
     loader = build_loader(args, videos, model_settings["input_size"], world)
     seed_all(args.seed)
     model = create_pretrain_model(**model_settings).to(world.device)

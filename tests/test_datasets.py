@@ -1,16 +1,19 @@
+import os
 import pickle
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
-from videos import read_numbers, write_video
+from videos import BROKEN, KINDS, read_numbers, write_broken, write_kind, write_video
 
 import datasets
 from augment import build_pretrain_transform
 from datasets import NoReadableVideoError, PretrainDataset
 from lists import ListError, check_readable, parse_line, read_list
-from loaders import EpochSampler, build_pretraining_loader
-from video import DECODERS, resolve_decoder
+from loaders import EpochSampler, build_pretraining_loader, build_training_loader
+from video import DECODERS, VideoError, resolve_decoder
 
 FRAMES, RATE = 4, 3  # a clip spans 12 of the 30 frames
 TRANSFORM = build_pretrain_transform("random_resized", size=16)
@@ -267,6 +270,83 @@ def test_bad_videos_are_counted_by_the_batch(mixed):
     names = [path.rsplit("/", 1)[1] for path, _ in batches[0]["bad"]]
     assert names.count("gone.mp4") >= 1 and names.count("noise.mp4") >= 1
     assert set(batches[0]["index"].tolist()) <= {0, 2, 4}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_video_gives_a_sample(tmp_path, kind):
+    path = write_kind(tmp_path, kind)
+    sample = dataset(read_list(write_list(tmp_path / "list.csv", path.name)), transform=keep)[0, 0]
+    assert sample["bad"] == [] and None not in read_numbers(sample["clips"][0].transpose(0, 1))
+
+
+@pytest.mark.parametrize("defect", BROKEN)
+def test_every_defect_is_reported_and_replaced(tmp_path, defect):
+    path = write_broken(tmp_path, defect)
+    write_video(tmp_path / "good.mp4", 60)
+    videos = read_list(write_list(tmp_path / "list.csv", f'"{path.name}"', "good.mp4"))
+    samples = [dataset(videos, num_frames=16)[epoch, 0] for epoch in range(8)]  # a clip may miss the damage
+    reported = [sample for sample in samples if sample["bad"]]
+    assert len(reported) == 8 or ("damaged" in defect and len(reported) > 2)
+    for sample in reported:
+        (name, reason), *_ = sample["bad"]
+        assert name == str(path) and reason and "\n" not in reason and sample["index"] == 1
+
+
+class Troubled(PretrainDataset):
+    """Decoding that hangs for one video and crashes the process for another; or raises for both."""
+
+    raises = False
+
+    def load_clips(self, video, rng):
+        name = os.path.basename(video.path)
+        if name in ("7.mp4", "8.mp4") and self.raises:
+            raise VideoError(video.path, "is no good")
+        if name == "7.mp4":
+            time.sleep(1000)
+        if name == "8.mp4":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().load_clips(video, rng)
+
+
+def troubled(videos, **settings):
+    return Troubled(videos=videos, transform=TRANSFORM, num_frames=FRAMES, sampling_rate=RATE, **settings)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_decoder_that_hangs_or_crashes_stops_nothing(videos, num_workers):
+    data = troubled(videos, decode_timeout=6)
+    batches = list(build_training_loader(data, batch_size=1, num_workers=num_workers, pin_memory=False))
+    assert len(batches) == 9
+    bad = {path.rsplit("/", 1)[1]: reason for batch in batches for path, reason in batch["bad"]}
+    assert bad == {
+        "7.mp4": "decoding took longer than 6 s (--decode_timeout)",
+        "8.mp4": "the decoder crashed (signal SIGSEGV)",
+    }
+    assert {i for batch in batches for i in batch["index"].tolist()} == set(range(7))
+
+
+def test_the_replacement_does_not_depend_on_what_was_wrong(videos):
+    hanging, raising = troubled(videos, decode_timeout=3), troubled(videos)
+    raising.raises = True
+    for epoch in range(2):
+        one, other = hanging[epoch, 8], raising[epoch, 8]  # a crash, an exception
+        assert one["index"] == other["index"] and torch.equal(one["clips"], other["clips"])
+    assert [path for path, _ in one["bad"]] == [path for path, _ in other["bad"]]
+
+
+def test_an_attempt_has_a_generator_of_its_own(videos):
+    data = dataset(videos)
+    draws = {
+        tuple(data._draw(*key)[0].random(2)) for key in [(0, 1, 0), (0, 1, 1), (0, 1, 2), (1, 0, 1), (0, 2, 1)]
+    }
+    assert len(draws) == 5
+    assert data._draw(3, 4, 0)[1] == 4 and 4 not in {data._draw(e, 4, a)[1] for e in range(9) for a in range(1, 9)}
+
+
+def test_decoding_in_a_child_process_changes_no_byte(videos):
+    here, there = dataset(videos, num_sample=2), dataset(videos, num_sample=2, decode_timeout=60)
+    for index in range(3):
+        assert torch.equal(here[1, index]["clips"], there[1, index]["clips"])
 
 
 def test_check_readable_finds_the_first_video_that_decodes(folder, mixed):

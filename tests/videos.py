@@ -12,6 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 ROWS, COLUMNS = 3, 4
 BITS = ROWS * COLUMNS - 2
@@ -21,6 +22,7 @@ GOOD_QUALITY = {
     "libx264": {"crf": "10"},
     "libx265": {"crf": "10", "x265-params": "log-level=error"},
     "libvpx-vp9": {"crf": "10", "b": "0", "deadline": "realtime", "cpu-used": "8"},
+    "libsvtav1": {"crf": "10", "preset": "8", "svtav1-params": "lookahead=0:enable-tf=0"},
     "mpeg4": {"qscale": "2"},
 }
 
@@ -121,12 +123,19 @@ def write_trimmed(source, path, first: int, fps: int = 30) -> Path:
     return Path(path)
 
 
-def write_audio(path) -> Path:
-    """A file with one second of silence and no video."""
+def write_audio(path, *, cover: bool = False) -> Path:
+    """A file with one second of silence and no video; `cover` adds the picture that music files have."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
+        if cover:
+            picture = container.add_stream("mjpeg", rate=1)
+            picture.height, picture.width, picture.pix_fmt = 48, 64, "yuvj420p"
+            picture.disposition = Disposition.attached_pic
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
         frame.rate = 16000
+        if cover:
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(numbered_frame(0, 48, 64))))
+            container.mux(picture.encode())
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return Path(path)
@@ -146,3 +155,95 @@ def write_damaged(source, path, start: float = 0.4, stop: float = 0.6) -> Path:
     data[i:j] = np.random.default_rng(0).bytes(j - i)
     Path(path).write_bytes(data)
     return Path(path)
+
+
+# --- what can be read, and what can't -----------------------------------------------------------------------
+
+MPEG4_B = {"codec": "mpeg4", "bf": "2", "g": "12"}
+X265_OPEN = {"codec": "libx265", "x265-params": "log-level=error:keyint=12:min-keyint=12:open-gop=1"}
+STEPS = [1, 1, 3, 1, 2, 5]  # frame durations of the variable-rate video
+
+# kinds of videos that are read: file name, frames, what write_video is given
+KINDS = {
+    "H.264 with B-frames": ("a.mp4", 60, {"bf": "3", "g": "12"}),
+    "H.264, one key frame": ("b.mp4", 60, {"bf": "3", "g": "250"}),
+    "H.264, open GOP": ("c.mp4", 60, {"bf": "3", "g": "12", "x264-params": "open-gop=1"}),
+    "H.264 in Matroska": ("d.mkv", 60, {"bf": "3", "g": "12"}),
+    "H.264 in AVI": ("e.avi", 30, {"bf": "0", "g": "12"}),
+    "H.264 in MPEG-TS": ("f.ts", 30, {"bf": "3", "g": "12"}),
+    "HEVC": ("g.mp4", 40, {"codec": "libx265"}),
+    "HEVC, open GOP": ("h.mp4", 40, X265_OPEN),
+    "VP9 in WebM": ("i.webm", 40, {"codec": "libvpx-vp9", "g": "12"}),
+    "VP9 in mp4": ("j.mp4", 40, {"codec": "libvpx-vp9", "g": "12"}),
+    "MPEG-4 in AVI": ("k.avi", 30, {"codec": "mpeg4", "g": "12"}),
+    "MPEG-4 with B-frames in AVI": ("l.avi", 30, MPEG4_B),
+    "MPEG-4 with B-frames": ("m.mp4", 30, MPEG4_B),
+    "odd size, VP9": ("n.webm", 20, {"codec": "libvpx-vp9", "size": (37, 51)}),
+    "odd size, MPEG-4": ("o.avi", 20, {"codec": "mpeg4", "size": (37, 51)}),
+    "variable frame rate": ("p.mp4", 30, {"times": np.cumsum(STEPS * 5).tolist(), "bf": "3"}),
+    "rotated by 90": ("q.mp4", 20, {"rotation": 90}),
+    "rotated by 180": ("r.mp4", 20, {"rotation": 180}),
+    "rotated by 270": ("s.mp4", 20, {"rotation": 270}),
+    "BT.709": ("t.mp4", 20, {"x264-params": "colormatrix=bt709"}),
+    "full range": ("u.mp4", 20, {"x264-params": "fullrange=on"}),
+    "ten bits": ("v.mp4", 20, {"pix_fmt": "yuv420p10le"}),
+    "one frame": ("w.mp4", 1, {}),
+    "AV1": ("x.mp4", 20, {"codec": "libsvtav1"}),
+    "MJPEG in AVI": ("y.avi", 20, {"codec": "mjpeg", "pix_fmt": "yuvj420p"}),
+    "VP8 in WebM": ("z.webm", 20, {"codec": "libvpx"}),
+    "MPEG-2 in MPEG-PS": ("0.mpg", 20, {"codec": "mpeg2video"}),
+    "Windows Media": ("1.wmv", 20, {"codec": "wmv2"}),
+    "ProRes": ("2.mov", 20, {"codec": "prores", "pix_fmt": "yuv422p10le"}),
+    "H.264 in Flash": ("3.flv", 20, {"bf": "2"}),
+}
+
+
+def write_kind(folder, kind: str) -> Path:
+    """A video of one of KINDS."""
+    name, num_frames, settings = KINDS[kind]
+    return write_video(folder / name, num_frames, **settings)
+
+
+BROKEN = [
+    "missing",
+    "a folder",
+    "zero bytes",
+    "not a video",
+    "audio only",
+    "audio and a cover picture",
+    "cut, header at the end",
+    "cut, header in front",
+    "damaged in the middle",
+]
+
+
+def write_broken(folder, defect: str) -> Path:
+    """The path of a file with one of the BROKEN defects."""
+    path = folder / f"{defect}.mp4"
+    if defect == "a folder":
+        path.mkdir()
+    elif defect == "zero bytes":
+        path.touch()
+    elif defect == "not a video":
+        path.write_text("no video at all\n" * 200)
+    elif "audio" in defect:
+        write_audio(path, cover="cover" in defect)
+    elif defect != "missing":
+        front = {"movflags": "faststart"} if "front" in defect else {}
+        good = write_video(folder / "good.mp4", 60, size=(96, 128), g="20", bf="2", **front)
+        write_damaged(good, path) if "damaged" in defect else write_cut(good, path, 0.6 if front else 0.5)
+        good.unlink()
+    return path
+
+
+def write_resized(path) -> Path:
+    """Motion JPEG of ten frames, of which the last five are twice as large."""
+    small, large = ((path.with_name(f"{k}.avi"), (48 * k, 64 * k)) for k in (1, 2))
+    parts = [write_video(p, 5, size=s, codec="mjpeg", pix_fmt="yuvj420p") for p, s in (small, large)]
+    with av.open(str(path), "w") as new, av.open(str(parts[0])) as first, av.open(str(parts[1])) as second:
+        stream = new.add_stream_from_template(first.streams.video[0])
+        for k, packet in enumerate(p for old in (first, second) for p in old.demux(video=0) if p.size):
+            packet.pts = packet.dts = k
+            packet.stream = stream
+            new.mux(packet)
+    return path
