@@ -102,7 +102,7 @@ def index_video(path) -> VideoIndex:
             _check_size(path, stream.codec_context.height, stream.codec_context.width)
             times, keys, end, first, traits = _scan(path, container, stream)
             span = 0 if "no times" in traits else float((end - times[0]) * stream.time_base)
-            promised = float((stream.duration or 0) * stream.time_base)
+            promised = _promised_seconds(container, stream)
             rate = float(stream.average_rate or stream.guessed_rate or 0)
     _check_size(path, first.height, first.width)
     if span and promised - span > 0.5:
@@ -121,6 +121,16 @@ def index_video(path) -> VideoIndex:
         keys=keys,
         traits=frozenset(traits),
     )
+
+
+def _promised_seconds(container, stream) -> float:
+    """How long the header says that the video is; 0 where it doesn't.
+
+    Matroska tells it of the whole file, which another stream may make longer than the video.
+    """
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0.0
 
 
 def _scan(path, container, stream):

@@ -133,6 +133,14 @@ def test_a_file_cut_between_two_frames_is_a_video_error(tmp_path, decoder):
         open_video(path, decoder)
 
 
+def test_a_matroska_file_cut_in_its_middle_is_a_video_error(tmp_path, decoder):
+    """Its streams have no duration, only the file has one."""
+    path = videos.write_video(tmp_path / "whole.mkv", 120, g="10")
+    cut = videos.write_cut(path, tmp_path / "cut.mkv", 0.6)
+    with pytest.raises(VideoError, match="cut off"):
+        open_video(cut, decoder)
+
+
 def test_a_file_cut_within_its_last_frame_is_noticed_on_opening(tmp_path, decoder):
     path = videos.write_video(tmp_path / "a.mp4", 60, g="20", bf="0", movflags="faststart")
     path.write_bytes(path.read_bytes()[:-3])

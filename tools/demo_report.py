@@ -129,7 +129,7 @@ def draw(report: dict, curves: dict[str, list[dict]], path: Path) -> None:
     limit = r["foreground_error_predicting_means"]
     middle.axhline(limit, color="grey", linestyle=":", label="predicting each patch's mean")
     middle.set_xticks(places + 0.19, ["all tokens", "foreground tokens"])
-    middle.set(title="held-out error, the same random masks", ylim=(0, 1.3 * limit))
+    middle.set(title="held-out error, the same random masks", ylim=(0, 1.5 * limit))
     middle.legend(frameon=False, loc="upper left")
 
     adaptive = next((r for r in report.values() if "foreground_mass" in r), None)

@@ -1,0 +1,133 @@
+"""Compare the demo's fine-tunings on the same held-out videos: one small table, and a picture of the confusions.
+
+    python tools/demo_table.py --output output/demo --runs "from AdaMAE=output/demo/finetuned_adaptive" \
+        "from scratch=output/demo/finetuned_scratch"
+
+The runs are output folders of run_class_finetuning.py. Each is compared with the last one, video by video. Prints
+the table and writes finetuning.md, finetuning.json and finetuning.png.
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from checkpoint import epoch_checkpoints, read_checkpoint
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def read_hits(folder: Path) -> dict[str, bool]:
+    """Whether each test video's best class is the right one, by the video's path, from predictions.csv."""
+    with (folder / "predictions.csv").open(newline="") as file:
+        return {row["video"]: row["class_1"] == row["label"] for row in csv.DictReader(file)}
+
+
+def read_confusion(folder: Path) -> tuple[list[str], np.ndarray]:
+    """Class names, and each true class's shares of the predicted ones, float (K,K), from confusion.csv."""
+    with (folder / "confusion.csv").open(newline="") as file:
+        (_, *names), *rows = csv.reader(file)
+    counts = np.array([row[1:] for row in rows], dtype=float)
+    return names, counts / np.maximum(1, counts.sum(1, keepdims=True))
+
+
+def training_seconds(folder: Path) -> float:
+    """Seconds of all epochs in log.txt; of an epoch that was done twice, the last time counts."""
+    epochs = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return sum({e["epoch"]: e["seconds"] for e in epochs}.values())
+
+
+def pretraining_seconds(folder: Path) -> float:
+    """Seconds of the pre-training that a run started from, 0 for one from scratch."""
+    start = read_checkpoint(epoch_checkpoints(folder)[0])["args"]["finetune"]
+    return training_seconds(Path(start).parent) if start else 0.0
+
+
+def summarise(hits: dict[str, bool], reference: dict[str, bool]) -> dict[str, float]:
+    """Top-1 of a run and how much that is over another's, in per cent, with their standard errors.
+
+    The second error is that of the mean difference of pairs: both runs have seen the same videos.
+    Raises ValueError where they haven't.
+    """
+    if hits.keys() != reference.keys():
+        raise ValueError("the runs were not tested on the same videos: test them again on one list")
+    own = np.array(list(hits.values()), dtype=float)
+    gain = own - np.array([reference[video] for video in hits], dtype=float)
+    return {
+        "top1": 100 * own.mean(),
+        "top1_error": 100 * own.std() / math.sqrt(len(own)),
+        "gain": 100 * gain.mean(),
+        "gain_error": 100 * gain.std() / math.sqrt(len(gain)),
+        "videos": len(own),
+    }
+
+
+def table(report: dict[str, dict]) -> str:
+    """The runs as a Markdown table; the last one is what the others are compared with."""
+    *_, last = report
+    lines = [
+        f"| method | top-1, % | over {last} | seconds of fine-tuning | and of pre-training |",
+        "|---|---|---|---|---|",
+    ]
+    for name, r in report.items():
+        gain = "-" if name == last else f"{r['gain']:+.1f} ± {r['gain_error']:.1f}"
+        before = f"{r['pretraining_seconds']:.0f}" if r["pretraining_seconds"] else "-"
+        lines.append(
+            f"| {name} | {r['top1']:.1f} ± {r['top1_error']:.1f} | {gain} | {r['seconds']:.0f} | {before} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(report: dict[str, dict], folders: dict[str, Path], path: Path) -> None:
+    """The top-1 of the runs beside their confusion matrices, as a PNG."""
+    figure, (left, *others) = plt.subplots(1, 1 + len(folders), figsize=(3.2 + 3.4 * len(folders), 3.9))
+    figure.set_layout_engine("constrained")
+    top1, error = ([r[key] for r in report.values()] for key in ("top1", "top1_error"))
+    colours = [f"C{k}" for k in range(len(report) - 1)] + ["grey"]
+    bars = left.bar([name.replace(" ", "\n") for name in report], top1, yerr=error, capsize=4, color=colours)
+    left.bar_label(bars, fmt="%.1f", padding=3)
+    names, _ = read_confusion(folders[next(iter(folders))])
+    left.axhline(100 / len(names), color="black", linestyle=":", label="chance")
+    videos = next(iter(report.values()))["videos"]
+    left.set(title="fine-tuned, the same steps", ylabel=f"top-1 of {videos} test videos, %", ylim=(0, 108))
+    left.legend(frameon=False)
+    for axes, (name, folder) in zip(others, folders.items(), strict=True):
+        image = axes.imshow(read_confusion(folder)[1], cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
+        axes.set_yticks(range(len(names)), names if axes is others[0] else [], fontsize=8)
+        axes.set(title=name, xlabel="predicted", ylabel="true" if axes is others[0] else "")
+    figure.colorbar(image, ax=others, label="share of the true class", shrink=0.8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=FOLDER", help="output folders")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the table and the picture")
+    args = parser.parse_args()
+
+    folders = {name: Path(folder) for name, folder in (entry.split("=", 1) for entry in args.runs)}
+    hits = {name: read_hits(folder) for name, folder in folders.items()}
+    *_, last = hits
+    report = {
+        name: summarise(hits[name], hits[last])
+        | {"seconds": training_seconds(folder), "pretraining_seconds": pretraining_seconds(folder)}
+        for name, folder in folders.items()
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "finetuning.md").write_text(table(report))
+    (args.output / "finetuning.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(report, folders, args.output / "finetuning.png")
+    print(table(report), end="")
+
+
+if __name__ == "__main__":
+    main()
