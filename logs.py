@@ -6,12 +6,15 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -122,30 +125,61 @@ class Console:
 
 
 class RunLog:
-    """log.txt (a JSON object an epoch) in `output_dir`, TensorBoard in `log_dir`; either may be ''."""
+    """log.txt (a JSON object an epoch) in `output_dir`, TensorBoard in `log_dir`; either may be ''.
 
-    def __init__(self, *, output_dir: str, log_dir: str, show: bool = True):
-        self.file = Path(output_dir) / "log.txt" if output_dir and show else None
-        self.writer = SummaryWriter(log_dir) if log_dir and show else None
+    A disk that is full or fails costs entries and not the run: `warn` is told once, until writing works again.
+    """
+
+    def __init__(
+        self, *, output_dir: str, log_dir: str, show: bool = True, warn: Callable[[str], None] = warnings.warn
+    ):
+        self.output_dir = Path(output_dir) if output_dir and show else None
+        self.log_dir = log_dir if show else ""
+        self.writer: SummaryWriter | None = None
+        self.warn, self.failing = warn, set()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        for name, value in values.items():
+            self._curve(lambda writer, name=name, value=value: writer.add_scalar(name, value, step))
 
-    def image(self, name: str, step: int, picture: np.ndarray) -> None:
-        """A picture (H,W,3) uint8."""
-        if self.writer is not None:
-            self.writer.add_image(name, picture, step, dataformats="HWC")
+    def picture(self, epoch: int, picture: np.ndarray) -> None:
+        """A picture (H,W,3) uint8, in TensorBoard and as pictures/epoch-<epoch>.png."""
+        self._curve(lambda writer: writer.add_image("clips", picture, epoch + 1, dataformats="HWC"))
+        if self.output_dir is not None:
+            with self._unless_disk_fails(self.output_dir / "pictures"):
+                (self.output_dir / "pictures").mkdir(exist_ok=True)
+                Image.fromarray(picture).save(self.output_dir / "pictures" / f"epoch-{epoch:04d}.png")
 
     def epoch(self, values: dict) -> None:
-        if self.file is not None:
-            with self.file.open("a") as f:
+        if self.output_dir is not None:
+            with (
+                self._unless_disk_fails(self.output_dir / "log.txt"),
+                (self.output_dir / "log.txt").open("a") as f,
+            ):
                 f.write(json.dumps(values) + "\n")
+
+    def _curve(self, write: Callable[[SummaryWriter], None]) -> None:
+        if not self.log_dir:
+            return
+        with self._unless_disk_fails(Path(self.log_dir)):
+            writer, self.writer = self.writer or SummaryWriter(self.log_dir), None
+            write(writer)
+            self.writer = writer  # where it failed its thread has ended, and the next entry tries a new one
+
+    @contextmanager
+    def _unless_disk_fails(self, what: Path) -> Iterator[None]:
+        try:
+            yield
+            self.failing.discard(what)
+        except OSError as error:
+            if what not in self.failing:
+                self.warn(f"{what} could not be written ({error}): entries are lost, the training goes on")
+            self.failing.add(what)
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            self._curve(SummaryWriter.close)
+            self.writer = None
 
 
 class Progress:

@@ -202,7 +202,9 @@ def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack
         loaders=loaders,
         engine=engine,
         console=console,
-        log=RunLog(output_dir=args.output_dir, log_dir=args.log_dir or args.output_dir, show=is_main),
+        log=RunLog(
+            output_dir=args.output_dir, log_dir=args.log_dir or args.output_dir, show=is_main, warn=console.warn
+        ),
         normalization=COLOUR_STATISTICS[statistics],
         signals=signals,
     )

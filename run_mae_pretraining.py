@@ -4,11 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
 import panels
@@ -217,7 +215,9 @@ def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack
             "max_bad_steps": args.max_bad_steps,
         },
         console=console,
-        log=RunLog(output_dir=args.output_dir, log_dir=args.log_dir or args.output_dir, show=is_main),
+        log=RunLog(
+            output_dir=args.output_dir, log_dir=args.log_dir or args.output_dir, show=is_main, warn=console.warn
+        ),
     )
 
 
@@ -279,11 +279,7 @@ def draw(run: Run, epoch: int, normalization: tuple) -> None:
         normalization=normalization,
         normalize_target=run.args.normalize_target,
     )
-    run.log.image("clips", epoch + 1, picture)
-    if run.args.output_dir:
-        folder = Path(run.args.output_dir) / "pictures"
-        folder.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(folder / f"epoch-{epoch:04d}.png")
+    run.log.picture(epoch, picture)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+import watchdog
 from checkpoint import (
     LAST,
     CheckpointError,
@@ -93,6 +94,7 @@ class Checkpoints:
         """
         if self.folder is None:
             return
+        watchdog.tick(f"saving {name}")
         state = only(self.engine.state_dict())
         if self.world.rank:
             return

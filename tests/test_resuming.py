@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from programs import start, start_process
@@ -20,7 +21,7 @@ import run_class_finetuning
 import run_mae_pretraining
 import saving
 from checkpoint import LAST, newest_checkpoint
-from logs import Console
+from logs import Console, RunLog
 from stopping import SAVED
 
 STEPS = 4  # an epoch
@@ -230,6 +231,30 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data, straight, tmp_path
     resumed = run("pretraining", data, tmp_path / "larger")
     assert resumed.returncode == 0 and "checkpoint-0.pth: 1 of 2 epochs are done" in resumed.stdout
     assert_equal(end_state(tmp_path / "larger")["model"], straight["pretraining"][0]["model"])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+def test_a_full_disk_costs_entries_of_the_log_and_not_the_run(tmp_path):
+    with small_disk(tmp_path) as disk:
+        warned = []
+        log = RunLog(output_dir=str(disk), log_dir=str(disk / "curves"), warn=warned.append)
+        picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+        filler = disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+        for epoch in range(3):
+            log.scalars(epoch, {"loss": 1.0})
+            log.epoch({"epoch": epoch})
+            log.picture(epoch, picture)
+        assert len(warned) == len(set(warned)) >= 2 and all("training goes on" in text for text in warned)
+        filler.unlink()
+        log.scalars(3, {"loss": 1.0})
+        log.epoch({"epoch": 3})
+        log.picture(3, picture)
+        log.close()
+        assert [json.loads(line)["epoch"] for line in (disk / "log.txt").read_text().splitlines()] == [3]
+        assert (disk / "pictures" / "epoch-0003.png").is_file() and list((disk / "curves").glob("events*"))
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(data, tmp_path, monkeypatch):
