@@ -163,7 +163,7 @@ def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack
     model = create_pretrain_model(**model_settings).to(world.device)
     engine = build_engine(args, model, world, watch={"sampler": model.sampler_parameters()})
     to_close.callback(engine.close)
-    votes = Votes(timeout=args.dist_timeout)
+    votes = Votes(timeout=1.5 * args.dist_timeout)  # the watchdog speaks first
     to_close.callback(votes.close)
     steps_per_epoch = loader.sampler.steps_per_epoch // args.update_freq
     total_batch = args.batch_size * args.update_freq * world.size

@@ -5,6 +5,9 @@ import random
 import re
 import socket
 import sys
+import time
+import uuid
+from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -81,6 +84,7 @@ def _join(device: str, dist_url: str, local_rank: int, rank: int, size: int, dis
     timeout = timedelta(seconds=dist_timeout)
     try:
         store, rank, size = next(rendezvous(dist_url, rank, size, timeout=timeout))
+        store = unused_part(store, rank, size, dist_timeout)
         # The watchdog knows more than a collective that times out, so it comes first.
         watchdog.watch(store, rank=rank, size=size, timeout=dist_timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=1.5 * timeout)
@@ -95,6 +99,47 @@ def _join(device: str, dist_url: str, local_rank: int, rank: int, size: int, dis
     if backend == "gloo":
         return device
     return f"cuda:{local_rank if torch.cuda.device_count() > 1 else 0}"  # srun may show each task its own GPU only
+
+
+def unused_part(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
+    """A part of the store that no earlier processes have written to; all ranks get the same.
+
+    torchrun keeps one store over its restarts (and counts these differently on each machine), so that addresses
+    of processes that are gone would be taken for those of their successors. So rank 0 draws a name, and tells
+    it to every rank that asks with a word of its own, until all have confirmed it.
+
+    Raises:
+        torch.distributed.DistStoreError: not all ranks came within `timeout` seconds.
+    """
+    end = time.monotonic() + timeout
+
+    def read(key: str) -> list[str]:
+        return store.get(key).decode().split() if store.check([key]) else []
+
+    def wait_until(done: Callable[[], bool]) -> None:
+        while not done():
+            if time.monotonic() > end:
+                raise dist.DistStoreError("not all processes came")
+            time.sleep(0.02)
+
+    def answer_all() -> bool:
+        for r in list(missing):
+            for word in read(f"ask/{r}"):
+                store.set(f"answer/{r}", f"{word} {name}")
+            if read(f"got/{r}") == [name]:
+                missing.remove(r)
+        return not missing
+
+    if rank == 0:
+        name, missing = uuid.uuid4().hex, list(range(1, size))
+        wait_until(answer_all)
+    else:
+        word = uuid.uuid4().hex
+        store.set(f"ask/{rank}", word)
+        wait_until(lambda: read(f"answer/{rank}")[:1] == [word])
+        name = read(f"answer/{rank}")[1]
+        store.set(f"got/{rank}", name)
+    return dist.PrefixStore(name, store)
 
 
 def _read_slurm() -> None:

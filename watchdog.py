@@ -1,10 +1,10 @@
 """Ends a distributed run of which one process died or hangs, and says which rank that was and where it ran.
 
-A collective only tells that somebody is missing. So a thread of every process writes signs of life to the store
-at which the processes met: the host, a count of beats, and where the main thread's loop stands (`tick`). The
-thread of rank 0 reads them all. It names a rank that has not beaten for too long (dead or frozen), one that
-failed, and of those whose loops stand still the ones that are the furthest behind: the others wait for them. The
-other ranks read rank 0's signs and its verdict. Times are the reader's own, so clocks of machines may differ.
+A collective only tells that somebody is missing. So every process writes signs of life to the store at which all
+of them met: its host, a count of beats, and where its main thread's loop stands (`tick`). Rank 0 reads them all.
+It names a rank that has not beaten for too long (dead or frozen), one that failed, and one whose loop stands still
+while it is the furthest behind, so that the others wait for it. The other ranks watch rank 0's beats and read its
+verdict. Times are the reader's own, so the machines' clocks may differ.
 """
 
 import contextlib
@@ -15,13 +15,11 @@ import socket
 import sys
 import threading
 import time
-from datetime import timedelta
 from typing import NamedTuple
 
 from torch.distributed import PrefixStore, Store
 
 FAILED_GRACE = 10.0  # seconds in which the others may end by themselves, and say why, after one rank failed
-TORCHRUN_ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 
 
 class Sign(NamedTuple):
@@ -63,31 +61,45 @@ class Peer:
         return f"rank {self.rank} on host {self.sign.host}"
 
 
-def find_fault(peers: list[Peer], *, timeout: float, now: float) -> tuple[list[int], str] | None:
-    """The ranks for which the run must end, and the reason in words; None while all is well.
+class Fault(NamedTuple):
+    """The ranks for which the run must end, and the reason in words."""
+
+    ranks: list[int]
+    reason: str
+
+
+def find_gone(peers: list[Peer], *, timeout: float, now: float) -> Fault | None:
+    """Ranks that gave no sign of life for `timeout` seconds, or failed `FAILED_GRACE` seconds ago; else None.
 
     Args:
-        timeout: seconds that a rank may be silent, or its loop stand still.
         now: the `time.monotonic` at which the peers' signs were last read.
     """
     silent = [p for p in peers if p.runs and now - p.heard > timeout]
     if silent:
         words = [f"{p} has not been heard of for {now - p.heard:.0f} s{_last_at(p)}" for p in silent]
-        return [p.rank for p in silent], f"{_listed(words)}: dead, frozen or cut off"
+        return Fault([p.rank for p in silent], f"{_listed(words)}: dead, frozen or cut off")
     failed = [p for p in peers if not p.runs and p.sign.state != "done" and now - p.changed > FAILED_GRACE]
     if failed:
-        return [p.rank for p in failed], _listed([f"{p} failed: {p.sign.state}" for p in failed])
-    still = [p for p in peers if p.sign is not None and p.runs and now - p.moved > timeout]
-    if still:
-        behind = min(p.sign.position for p in still)
-        hung = [p for p in still if p.sign.position == behind]
-        words = [f"{p} hangs, for {now - p.moved:.0f} s{_last_at(p)}" for p in hung]
-        return [p.rank for p in hung], _listed(words)
+        return Fault([p.rank for p in failed], _listed([f"{p} failed: {p.sign.state}" for p in failed]))
     return None
 
 
+def find_hung(peers: list[Peer], *, timeout: float, now: float) -> Fault | None:
+    """Of all ranks those furthest behind, if all of these stand still for `timeout` seconds; else None.
+
+    One behind that goes on, such as a rank that saves, is waited for.
+    """
+    running = [p for p in peers if p.sign is not None and p.runs]
+    behind = min((p.sign.position for p in running), default=())
+    last = [p for p in running if p.sign.position == behind]
+    if not last or any(now - p.moved <= timeout for p in last):
+        return None
+    words = [f"{p} hangs, for {now - p.moved:.0f} s{_last_at(p)}" for p in last]
+    return Fault([p.rank for p in last], _listed(words))
+
+
 def _last_at(peer: Peer) -> str:
-    return f" (last at {peer.sign.where})" if peer.sign is not None else ""
+    return f" (last sign of life: {peer.sign.where})" if peer.sign is not None else ""
 
 
 def _listed(words: list[str], most: int = 8) -> str:
@@ -95,8 +107,11 @@ def _listed(words: list[str], most: int = 8) -> str:
     return "; ".join(words[:most]) + (f"; and {rest} more" if rest > 0 else "")
 
 
-class Watchdog(threading.Thread):
+class Watchdog:
     """Publishes this rank's signs of life, and watches: rank 0 all ranks, the others rank 0 (module docstring).
+
+    One thread talks with the store, which blocks for as long as the process that holds it is frozen. So another
+    one judges.
 
     Args:
         store: where the processes met; a connection of its own is opened to it.
@@ -104,17 +119,19 @@ class Watchdog(threading.Thread):
     """
 
     def __init__(self, *, store: Store, rank: int, size: int, timeout: float):
-        super().__init__(name="watchdog", daemon=True)
-        self.store = PrefixStore(f"watchdog/{os.environ.get(TORCHRUN_ATTEMPT, 0)}", store.clone())
-        self.store.set_timeout(timedelta(seconds=timeout))
+        self.store = PrefixStore("watchdog", store.clone())
         self.rank, self.size, self.timeout = rank, size, timeout
         self.interval = min(1.0, timeout / 10)
         self.host, self.beats, self.state = socket.gethostname(), 0, "running"
         self.place: tuple[int, tuple[int, ...], str] = (0, (), "the start")  # ticks, position, where
         self.peers = [Peer(r) for r in (range(size) if rank == 0 else [0])]
+        self.verdict: Fault | None = None  # of rank 0
         self.ended = threading.Event()
         self.publish()
-        self.start()
+        self.talker = threading.Thread(target=self.talk, name="watchdog-talk", daemon=True)
+        self.judge = threading.Thread(target=self.watch, name="watchdog", daemon=True)
+        self.talker.start()
+        self.judge.start()
 
     def tick(self, where: str, *position: int) -> None:
         """The main thread goes on. Only memory is touched; without a position the last one stays."""
@@ -130,34 +147,33 @@ class Watchdog(threading.Thread):
             host, beats, ticks, position, where, state = json.loads(text)
             peer.hear(Sign(host, beats, ticks, tuple(position), where, state))
 
-    def run(self) -> None:
-        connected = True
+    def talk(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the process that held the store is gone: silence from now on
+            while not self.ended.wait(self.interval):
+                self.publish()
+                self.read(self.peers)
+                if self.verdict:
+                    self.store.set("verdict", json.dumps(self.verdict))
+                elif self.rank and self.store.check(["verdict"]):
+                    self.leave(Fault(*json.loads(self.store.get("verdict"))))
+
+    def watch(self) -> None:
         while not self.ended.wait(self.interval):
-            if connected:
-                try:
-                    self.publish()
-                    self.read(self.peers)
-                    if self.rank and self.store.check(["verdict"]):
-                        self.leave(*json.loads(self.store.get("verdict")))
-                except RuntimeError:  # the process that holds the store is gone or frozen: silence from now on
-                    connected = False
-            fault = find_fault(self.peers, timeout=self.timeout, now=time.monotonic())
-            if fault and not self.ended.is_set():
-                self.accuse(*fault, connected=connected)
+            now = time.monotonic()
+            fault = find_gone(self.peers, timeout=self.timeout, now=now)
+            if self.rank == 0 and not fault:
+                fault = find_hung(self.peers, timeout=self.timeout, now=now)
+            if fault:
+                self.say(f"{fault.reason}; the run ends (--dist_timeout {self.timeout:g})")
+                if self.rank == 0:
+                    self.verdict = fault
+                    time.sleep(3 * self.interval)  # the others hear it before the store or the launcher goes
+                self.leave(fault)
 
-    def accuse(self, ranks: list[int], reason: str, *, connected: bool) -> None:
-        """Says who is at fault, tells the others, and ends this process."""
-        self.say(f"{reason}; the run ends (--dist_timeout {self.timeout:g})")
-        if connected and self.rank == 0:
-            with contextlib.suppress(RuntimeError):  # this process ends in any case
-                self.store.set("verdict", json.dumps([ranks, reason]))
-                time.sleep(2 * self.interval)  # the others read it before the store or the launcher goes
-        self.leave(ranks, reason)
-
-    def leave(self, ranks: list[int], reason: str) -> None:
+    def leave(self, fault: Fault) -> None:
         """Ends this process, whose main thread may wait for ever. A rank at fault shows where it hangs."""
-        if self.rank in ranks:
-            self.say(f"{reason}; here it is:")
+        if self.rank in fault.ranks:
+            self.say(f"{fault.reason}; here it is:")
             faulthandler.dump_traceback(file=sys.__stderr__)
         os._exit(1)
 
@@ -186,9 +202,9 @@ class Watchdog(threading.Thread):
             missing = self.name_missing() if isinstance(error, RuntimeError) else ""
             self.say(f"{state}; {missing}" if missing else state)
         self.ended.set()
-        self.join(2 * self.interval)
+        self.talker.join(2 * self.interval)
         self.state = state
-        if not self.is_alive():
+        if not self.talker.is_alive():
             with contextlib.suppress(RuntimeError):  # the store may be gone with the rank that held it
                 self.publish()
 

@@ -8,12 +8,16 @@
 #   DATA_PATH     list file of the training videos; for all but `pretrain` the folder of train.csv, val.csv and
 #                 test.csv (needed; see DATASET.md)
 #   MODEL         for all but `pretrain`: the checkpoint to start from or to test (needed; see FINETUNE.md)
-#   OUTPUT_DIR    checkpoints and logs; default output/<folder>/<recipe>
+#   OUTPUT_DIR    checkpoints and logs; default output/<folder>/<recipe>, with SEED output/<folder>/<recipe>-seed<SEED>
+#   SEED          seed of the run, where it is not to be the program's default
 #   DRY_RUN=1     print the command, run nothing
 #   PYTHON        interpreter; default .venv/bin/python where it is there, else python3
 # On one machine or several (torchrun; start the same recipe on every machine):
 #   NPROC_PER_NODE  processes here, default one per GPU; NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
-# In a SLURM job (srun; see scripts/slurm.sh) the job's own variables say all of it.
+#   MAX_RESTARTS    times that all processes start again, from the last checkpoint, after one died; default 0
+# In a SLURM job (srun; see scripts/slurm.sh) the job's own variables say all of it. After a signal the processes save
+# and leave with status 75 one by one, so srun must not end the others with the first (--kill-on-bad-exit); after a
+# failure they end within --dist_timeout, or --wait seconds after the first is gone.
 #   LAUNCHER=torchrun|srun overrides the choice between the two.
 #
 # Fewer GPUs take the same optimiser steps: the videos that do not fit at once are accumulated
@@ -37,7 +41,7 @@ choose_torchrun() {
     local here=${NPROC_PER_NODE:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
     local nodes=${NNODES:-1}
     gpus=$((nodes * here))
-    command=("$PYTHON" -m torch.distributed.run "--nproc_per_node=$here")
+    command=("$PYTHON" -m torch.distributed.run "--nproc_per_node=$here" "--max_restarts=${MAX_RESTARTS:-0}")
     if ((nodes == 1)); then
         command+=(--standalone)
         return
@@ -51,7 +55,7 @@ choose_torchrun() {
 choose_srun() {
     gpus=${SLURM_NTASKS:-$((${SLURM_NNODES:-1} * ${SLURM_NTASKS_PER_NODE:-0}))}
     ((gpus > 0)) || fail "the SLURM job names no tasks: give sbatch --ntasks-per-node=<GPUs of a node>"
-    command=(srun "--ntasks=$gpus" --kill-on-bad-exit=1)
+    command=(srun "--ntasks=$gpus" --kill-on-bad-exit=0 --wait=120)
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then command+=("--cpus-per-task=$SLURM_CPUS_PER_TASK"); fi
     command+=("$PYTHON")
 }
@@ -78,7 +82,7 @@ launch() {
     [[ -n ${DATA_PATH:-} ]] ||
         fail "DATA_PATH is not set: the list of videos to pre-train on, else the folder of train.csv, val.csv and" \
             "test.csv (DATASET.md)"
-    OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/output/$RECIPE}
+    OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/output/$RECIPE${SEED:+-seed$SEED}}
 
     # Inside a step of srun (SLURM_STEP_ID) another srun would wait for the step's own resources for ever.
     if [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then launcher=srun; fi
@@ -91,6 +95,7 @@ launch() {
 
     command+=("$program" --data_path "$DATA_PATH" --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR")
     command+=(--batch_size "$BATCH_SIZE" --update_freq "$update_freq" "$@")
+    if [[ -n ${SEED:-} ]]; then command+=(--seed "$SEED"); fi
     echo "$RECIPE: $batch" >&2
     if [[ -n ${DRY_RUN:-} ]]; then
         printf '%q ' "${command[@]}"

@@ -1,23 +1,139 @@
 #!/usr/bin/env bash
-# One recipe as a SLURM job, one task per GPU; further arguments go to the program:
+# Any recipe as a SLURM job, one task per GPU. The variables of scripts/launch.sh hold here too:
 #
-#   DATA_PATH=/path/to/train.csv sbatch scripts/slurm.sh scripts/ssv2/pretrain_adamae_base_800e.sh
-#   DATA_PATH=... sbatch --nodes=1 scripts/slurm.sh scripts/ssv2/pretrain_adamae_base_800e.sh --num_workers 8
-#   DATA_PATH=... MODEL=... sbatch --nodes=1 scripts/slurm.sh scripts/ssv2/finetune_adamae_base_800e_50e.sh
+#   DATA_PATH=... bash scripts/slurm.sh --nodes 8 --partition gpu --time 24:00:00 RECIPE [FLAGS of the program]
+#   DATA_PATH=... bash scripts/slurm.sh --nodes 4 --array scripts/ssv2/pretrain_*.sh
+#   DATA_PATH=... MODEL=... bash scripts/slurm.sh --nodes 1 --seeds 0,1,2 RECIPE
+#   DATA_PATH=... sbatch scripts/slurm.sh RECIPE [FLAGS]       the same job with the settings below
 #
-# With fewer GPUs than the recipe's, gradient accumulation keeps the total batch. A job that is requeued goes on from
-# its last checkpoint. Partition, account and time limit are the cluster's: give them to sbatch.
+#   --nodes N, --gpus N (per node), --cpus N (per GPU)     8, 8 and 12
+#   --partition P, --account A, --time T                   default: the cluster's
+#   --array             several recipes, each as a task of one array job; OUTPUT_DIR must be left to the recipes
+#   --seeds 0,1,2       every recipe with each of these seeds, as tasks of an array job too
+#   --at_once N         tasks of an array that may run at the same time
+#   --name=value        any other option of sbatch, e.g. --constraint=a100
+#   --dry_run           prints the command, the job's script and what each task would run; submits nothing
+#
+# 120 seconds before the time limit SLURM sends USR1 to the program's processes, which save and leave with status 75;
+# the job is then requeued and goes on from there. After a preemption or a failed node SLURM requeues it by itself.
 #SBATCH --job-name=video-mae
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
 #SBATCH --requeue
+#SBATCH --signal=USR1@120
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -euo pipefail
-if (($# == 0)); then
-    echo "slurm.sh: name the recipe to run, for instance scripts/ssv2/pretrain_adamae_base_800e.sh" >&2
+
+fail() {
+    echo "slurm.sh: $*" >&2
     exit 1
+}
+
+# run_job [--seeds LIST] RECIPE... [FLAGS...]: the recipe, and the seed, that are this task's in the array.
+run_job() {
+    local seeds=("") recipes=() task=${SLURM_ARRAY_TASK_ID:-0} job=$SLURM_JOB_ID status=0
+    if [[ ${1:-} == --seeds ]]; then
+        IFS=, read -ra seeds <<<"$2"
+        shift 2
+    fi
+    while [[ ${1:-} == *.sh ]]; do
+        recipes+=("$1")
+        shift
+    done
+    ((${#recipes[@]})) || fail "name the recipe to run, for instance scripts/ssv2/pretrain_adamae_base_800e.sh"
+    ((task < ${#recipes[@]} * ${#seeds[@]})) || fail "no recipe for task $task of the array"
+    if [[ -n ${seeds[task % ${#seeds[@]}]} ]]; then export SEED=${seeds[task % ${#seeds[@]}]}; fi
+    # SLURM_JOB_ID of an array's last task is the number of the whole array.
+    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$task; fi
+
+    bash "${recipes[task / ${#seeds[@]}]}" "$@" || status=$?
+    if ((status == 75)); then
+        echo "slurm.sh: saved after a signal; job $job is requeued" >&2
+        scontrol requeue "$job"
+    fi
+    exit "$status"
+}
+
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+    run_job "$@"
 fi
-exec bash "$@"
+
+# --- from here on: submitting ---------------------------------------------------------------------------------
+
+# The commands of all tasks, as the job will work them out; ends with what a recipe finds missing.
+show_tasks() {
+    local task
+    for ((task = 0; task < tasks; task++)); do
+        SLURM_JOB_ID=0 SLURM_NTASKS=$((nodes * gpus)) SLURM_CPUS_PER_TASK=$cpus SLURM_ARRAY_TASK_ID=$task DRY_RUN=1 \
+            bash "$0" "${arguments[@]}" || exit 1
+    done
+}
+
+nodes=8 gpus=8 cpus=12 at_once="" array="" dry_run=""
+options=() arguments=() seeds=() recipes=()
+while [[ ${1:-} == --* ]]; do
+    case $1 in
+        --dry_run | --array)
+            declare "${1#--}=1"
+            shift
+            continue
+            ;;
+        --nodes=* | --gpus=* | --cpus=* | --at_once=* | --seeds=*)
+            set -- "${1%%=*}" "${1#*=}" "${@:2}"
+            ;;
+        --array=* | --ntasks*) fail "$1 is worked out here: give --nodes, --gpus, --array and --seeds" ;;
+        --?*=*)
+            options+=("$1")
+            shift
+            continue
+            ;;
+        --nodes | --gpus | --cpus | --at_once | --partition | --account | --time | --seeds) ;;
+        *) fail "unknown option $1; other options of sbatch are written --name=value" ;;
+    esac
+    [[ -n ${2:-} ]] || fail "$1 needs a value"
+    case $1 in
+        --partition | --account | --time) options+=("$1=$2") ;;
+        --seeds)
+            IFS=, read -ra seeds <<<"$2"
+            arguments=(--seeds "$2")
+            ;;
+        *)
+            [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1 $2: it is a number of at least 1"
+            declare "${1#--}=$2"
+            ;;
+    esac
+    shift 2
+done
+arguments+=("$@")
+while [[ ${1:-} == *.sh ]]; do
+    [[ -f $1 ]] || fail "no such recipe: $1"
+    recipes+=("$1")
+    shift
+done
+
+((${#recipes[@]})) || fail "name the recipe to run, for instance scripts/ssv2/pretrain_adamae_base_800e.sh"
+((${#recipes[@]} == 1)) || [[ -n $array ]] || fail "${#recipes[@]} recipes: --array makes them tasks of one job"
+tasks=$((${#recipes[@]} * (${#seeds[@]} ? ${#seeds[@]} : 1)))
+((tasks == 1)) || [[ -z ${OUTPUT_DIR:-} ]] ||
+    fail "OUTPUT_DIR=$OUTPUT_DIR would be one folder for $tasks runs: unset it, each recipe has its own"
+
+name=$(basename "$(dirname "${recipes[0]}")")-$(basename "${recipes[0]}" .sh)
+command=(sbatch "--job-name=$name" "--nodes=$nodes" "--ntasks-per-node=$gpus" "--gpus-per-node=$gpus")
+command+=("--cpus-per-task=$cpus")
+if [[ -n $array ]] || ((tasks > 1)); then
+    command+=("--array=0-$((tasks - 1))${at_once:+%$at_once}" "--output=%x-%A_%a.log")
+fi
+command+=("${options[@]}" "$0" "${arguments[@]}")
+
+shown=$(show_tasks) # also before submitting: a setting that is missing is told now, not when the job starts
+if [[ -n $dry_run ]]; then
+    printf '%q ' "${command[@]}"
+    printf '\n\n# The script of the job:\n'
+    sed '/^# --- from here on/,$d' "$0"
+    printf '# What its tasks run:\n%s\n' "$shown"
+else
+    "${command[@]}"
+fi

@@ -207,11 +207,13 @@ def test_documents_name_only_flags_of_the_programs():
     declared = {
         "PRETRAIN.md": flags_of("run_mae_pretraining.py"),
         "FINETUNE.md": flags_of("run_class_finetuning.py") | tools,
-        "DATASET.md": flags_of(*PARSERS),
+        "DATASET.md": flags_of(*PARSERS) | tools,
     }
+    launchers = "".join((ROOT / "scripts" / name).read_text() for name in ("slurm.sh", "launch.sh"))
+    theirs = set(re.findall(r"--[a-z][a-z_]*", launchers)) | {"--help"}
     for name, known in declared.items():
         named = set(re.findall(r"--[a-z][a-z_]*", (ROOT / name).read_text()))
-        assert named - {"--help", "--nodes"} <= known, name
+        assert named - theirs <= known, name
 
 
 # --- how a recipe is started --------------------------------------------------------------------------------
@@ -224,6 +226,18 @@ def test_arguments_and_environment_override_the_recipe(tmp_path):
     )
     assert (args.epochs, args.decoder, args.batch_size, args.update_freq) == (3, "decord", 16, 128)
     assert (args.data_path, args.output_dir, args.log_dir) == ("a list.csv", str(out), str(out))
+
+
+def test_seed_of_the_environment_has_its_own_folder():
+    args = parsed(ADAMAE, SEED=3)
+    assert (args.seed, Path(args.output_dir).name) == (3, "pretrain_adamae_base_800e-seed3")
+    assert Path(parsed(ADAMAE).output_dir).name == "pretrain_adamae_base_800e"
+    assert Path(parsed(ADAMAE, SEED=3, OUTPUT_DIR="out").output_dir).name == "out"
+
+
+def test_restarts_of_torchrun():
+    assert "--max_restarts=3" in command_of(ADAMAE, MAX_RESTARTS=3)
+    assert "--max_restarts=0" in command_of(ADAMAE)
 
 
 def test_torchrun_on_several_machines():
@@ -239,19 +253,11 @@ def test_slurm_job_starts_one_task_per_gpu():
     job = {"SLURM_JOB_ID": 7, "SLURM_NTASKS": 16, "SLURM_CPUS_PER_TASK": 12}
     command = command_of(ADAMAE, **job)
     assert command[0] == "srun"
-    assert {"--ntasks=16", "--cpus-per-task=12"} <= set(command)
+    assert {"--ntasks=16", "--cpus-per-task=12", "--kill-on-bad-exit=0"} <= set(command)
     assert "torch.distributed.run" not in command
     assert parsed(ADAMAE, **job).update_freq == 2048 // (16 * 32)
     assert command_of(ADAMAE, SLURM_STEP_ID=0, **job)[0] == sys.executable
     assert command_of(ADAMAE, LAUNCHER="torchrun", **job)[0] == sys.executable
-
-
-def test_slurm_wrapper_runs_the_recipe():
-    job = {"SLURM_JOB_ID": 7, "SLURM_NNODES": 8, "SLURM_NTASKS_PER_NODE": 8}
-    wrapper = ROOT / "scripts/slurm.sh"
-    done = run(wrapper, str(ADAMAE), "--epochs", "3", DRY_RUN=1, DATA_PATH="the data", **job)
-    assert shlex.split(done.stdout) == command_of(ADAMAE, "--epochs", "3", **job)
-    assert "name the recipe" in run(wrapper).stderr
 
 
 @pytest.mark.parametrize(

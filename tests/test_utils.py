@@ -1,10 +1,13 @@
 """Seeds, meters and what a person reads."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from logs import Console, Meters, readable_time
-from utils import World, seed_all, start_world
+from utils import World, seed_all, start_world, unused_part
 
 CPU = torch.device("cpu")
 
@@ -27,6 +30,27 @@ def test_meters_give_means_and_start_again():
     meters.reset()
     meters.add(loss=torch.tensor(4.0), other=torch.tensor(0.0))
     assert meters.read() == ({"loss": 4.0, "other": 0.0}, 1, [])
+
+
+def test_processes_started_again_share_nothing_with_those_before():
+    """Three attempts of three ranks in one store, as torchrun keeps it; a rank of the second dies on its way."""
+    store = dist.HashStore()
+
+    def meet(*ranks: int, timeout: float = 20):
+        with ThreadPoolExecutor(len(ranks)) as pool:
+            return list(pool.map(lambda rank: unused_part(store, rank, 3, timeout), ranks))
+
+    def mark(parts) -> list[bool]:
+        parts[0].set("seen", "by all of this attempt")
+        return [part.check(["seen"]) for part in parts]
+
+    first = meet(0, 1, 2)
+    assert mark(first) == [True] * 3
+    with pytest.raises(dist.DistStoreError, match="not all processes came"):
+        meet(0, 1, timeout=1)
+    third = meet(2, 1, 0)
+    assert not any(part.check(["seen"]) for part in third)
+    assert mark(third) == [True] * 3
 
 
 def test_one_process_alone(monkeypatch):
