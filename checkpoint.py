@@ -48,7 +48,7 @@ HUGGING_FACE_NAMES = {
 }
 
 
-LAST = "checkpoint-last.pth"
+LAST, PREVIOUS = "checkpoint-last.pth", "checkpoint-previous.pth"
 
 
 class CheckpointError(RuntimeError):
@@ -65,8 +65,11 @@ class Weights(NamedTuple):
     ignored: list[str]  # names that don't start with the prefix asked for
 
 
-def save_checkpoint(path: str | Path, state: dict) -> None:
-    """Writes `state` to `path` through a temporary file that is flushed to disk and then renamed."""
+def save_checkpoint(path: str | Path, state: dict, *, keep_as: str = "") -> None:
+    """Writes `state` to `path` through a temporary file that is flushed to disk and then renamed.
+
+    The file that has stood there gets the name `keep_as`, if one is given.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -75,6 +78,8 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
+        if keep_as and path.exists():
+            path.replace(path.with_name(keep_as))
         temporary.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -128,19 +133,28 @@ def epoch_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def newest_checkpoint(output_dir: str | Path, report: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """The readable checkpoint of a folder that is furthest, and its content.
+    """The readable checkpoint of a folder that is furthest, and its content; None where there is none at all.
 
-    It looks at checkpoint-<epoch>.pth and at checkpoint-last.pth. A damaged one is reported, then passed over.
+    It looks at checkpoint-<epoch>.pth, checkpoint-last.pth and the one before it. A damaged one is reported,
+    then passed over.
+
+    Raises:
+        CheckpointError: there are some, and all of them are damaged.
     """
-    last = Path(output_dir) / LAST
     done = {path: (int(path.stem.rpartition("-")[2]), 0) for path in epoch_checkpoints(output_dir)}
-    if last.is_file():
-        done[last] = _position(last)
+    for path in (Path(output_dir) / LAST, Path(output_dir) / PREVIOUS):
+        if path.is_file():
+            done[path] = _position(path)
     for path in sorted(done, key=done.get, reverse=True):
         try:
             return path, read_checkpoint(path)
         except CheckpointError as error:
             report(f"{error}; trying an older one")
+    if done:
+        raise CheckpointError(
+            f"none of the checkpoints in {output_dir} can be read: repair or remove them, or start afresh with "
+            "--no_auto_resume"
+        )
     return None
 
 
@@ -157,13 +171,19 @@ def _position(path: Path) -> tuple[float, int]:
         return float("inf"), 0
 
 
+SHAPELESS = {
+    *("checkpoint_activations", "drop_path", "drop", "attn_drop", "fc_drop", "init_scale", "attn_init"),
+    "sampler_options",
+}
+
+
 def check_resumable(path: Path, old: dict, new: dict) -> None:
-    """Compares the model settings of a checkpoint with those of this run.
+    """Compares the model settings of a checkpoint with those of this run, but for those that shape no weight.
 
     Raises:
         CheckpointError: names the setting, both values, and what to do.
     """
-    for name in sorted(old.keys() & new.keys()):
+    for name in sorted((old.keys() & new.keys()) - SHAPELESS):
         if old[name] != new[name]:
             raise CheckpointError(
                 f"{path} was made with {name} = {old[name]}, this run has {name} = {new[name]}; "

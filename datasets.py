@@ -190,7 +190,8 @@ class TrainDataset(Dataset):
                 bad.append((str(error.path), str(error.reason)))
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in bad)
         raise NoReadableVideoError(
-            f"{len(bad)} videos of {self.videos.list_path}, drawn in a row, cannot be read:{reasons}"
+            f"{len(bad)} videos of {self.videos.list_path}, drawn in a row, cannot be read; are they where "
+            f"--data_root says, and is the storage there? The last checkpoint is untouched.{reasons}"
         )
 
     def _draw(self, epoch: int, index: int, attempt: int) -> tuple[np.random.Generator, int]:

@@ -2,6 +2,8 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from torch import nn
@@ -118,6 +120,12 @@ def check_common(args: argparse.Namespace, *more_counts: str) -> None:
         raise ValueError(f"--dist_timeout {args.dist_timeout} must be positive")
     if args.warmup_steps < 0 and args.warmup_epochs > args.epochs:
         raise ValueError(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
+    if args.output_dir:
+        try:
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=args.output_dir).close()
+        except OSError as error:
+            raise ValueError(f"--output_dir {args.output_dir} can't be written to: {error}") from error
     try:
         resolve_decoder(args.decoder)
     except RuntimeError as error:

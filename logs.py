@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -107,12 +107,14 @@ class Console:
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
         if self.show:
-            tqdm.write(text, file=sys.stderr if self.bar is not None else sys.stdout)
-            sys.stdout.flush()
+            with suppress(OSError):  # a full disk behind it, or nobody at the other end: the run goes on
+                tqdm.write(text, file=sys.stderr if self.bar is not None else sys.stdout)
+                sys.stdout.flush()
 
     def warn(self, text: str) -> None:
         """A line on stderr from any rank: something a person should know of."""
-        tqdm.write(text, file=sys.stderr)
+        with suppress(OSError):
+            tqdm.write(text, file=sys.stderr)
 
     def say_error(self, text: str) -> None:
         """A line on stderr of what all ranks know of, so one of them tells it."""

@@ -281,8 +281,14 @@ class Engine:
         A moving average that the state lacks starts from the state's weights; a scale of the loss that it
         lacks (made in another precision) starts afresh.
         """
+        was, now = state.get("optimizer_name"), type(self.optimizer).__name__
+        if was not in (None, now):
+            raise ValueError(f"it was made with the optimiser {was}, --opt {now.lower()} is another")
         self.module.load_state_dict(state["model"])
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(ours)  # this run's betas and so on, not those of the run before
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:

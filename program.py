@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from bad_videos import TooManyBadVideos
 from checkpoint import CheckpointError
@@ -29,9 +29,12 @@ def run_program(name: str, work: Callable[[StopSignals, ExitStack], int]) -> int
             with ExitStack() as to_close:
                 return work(signals, to_close)
         except Stopped as stop:
-            print(stop, file=sys.stderr)
+            with suppress(OSError):
+                print(stop, file=sys.stderr)
             raise SystemExit(stop.status) from stop
         except EXPECTED as error:
-            raise SystemExit(f"{name}: error: {error}") from error
+            # from a data worker it comes with the worker's traceback before its own words
+            text = str(error).rpartition("NoReadableVideoError: ")[2]
+            raise SystemExit(f"{name}: error: {text}") from error
         finally:
             stop_world()

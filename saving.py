@@ -2,6 +2,7 @@
 
     checkpoint-<epoch>.pth  after every --save_ckpt_freq epochs and the last one
     checkpoint-last.pth     every --save_ckpt_minutes, also within an epoch, and when the run is asked to stop
+    checkpoint-previous.pth the one before it
 
 What is random in a step is drawn from (seed, batch, rank), and what happens to a video from (seed, epoch, video):
 so the position within the epoch is all the random state there is, and a run goes on bit for bit where it was.
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import watchdog
 from checkpoint import (
     LAST,
+    PREVIOUS,
     CheckpointError,
     check_resumable,
     epoch_checkpoints,
@@ -78,6 +80,7 @@ class Checkpoints:
         self.engine, self.sampler, self.world, self.console = engine, sampler, world, console
         self.folder = Path(output_dir) if output_dir else None
         self.about = {**about, "layout": _layout(sampler), "version": code_version()}
+        self.about["optimizer_name"] = type(engine.optimizer).__name__
         self.seconds, self.keep = 60 * minutes, keep
         self.signals, self.votes = signals, votes
         self.saved_at = time.monotonic()
@@ -86,21 +89,28 @@ class Checkpoints:
             for left in self.folder.glob(".checkpoint-*.tmp"):  # by a process that was killed while it wrote
                 left.unlink(missing_ok=True)
 
-    def write(self, name: str, more: dict, only: Callable[[dict], dict] = lambda state: state) -> None:
-        """One file, by rank 0; every rank calls it, since DeepSpeed gathers the state.
+    def write(self, name: str, more: dict, only: Callable[[dict], dict] = lambda state: state) -> bool:
+        """One file, by rank 0; every rank calls it, since DeepSpeed gathers the state, and waits for it.
 
-        A disk that is full or fails costs this checkpoint and not the run: a warning says so. `only` chooses
-        from the engine's state.
+        A disk that is full or fails costs this checkpoint and not the run: a warning says so, and what is
+        returned, the same on all ranks. `only` chooses from the engine's state.
         """
         if self.folder is None:
-            return
+            return False
         watchdog.tick(f"saving {name}")
         state = only(self.engine.state_dict())
-        if self.world.rank:
-            return
         self.unsaved = ""
+        if self.world.rank == 0:
+            self._write(name, {**state, **more, **self.about})
+        if self.world.size > 1:  # nobody leaves, and so has the launcher end rank 0, before it has written
+            told = [self.unsaved]
+            dist.broadcast_object_list(told, device=self.world.device)
+            self.unsaved = told[0]
+        return not self.unsaved
+
+    def _write(self, name: str, state: dict) -> None:
         try:
-            save_checkpoint(self.folder / name, {**state, **more, **self.about})
+            save_checkpoint(self.folder / name, state, keep_as=PREVIOUS if name == LAST else "")
         except (OSError, RuntimeError) as error:  # torch wraps what the file system raises
             self.unsaved = f"{self.folder / name} could not be written ({str(error).splitlines()[0]})"
             self.console.warn(
@@ -109,10 +119,12 @@ class Checkpoints:
 
     def epoch_done(self, epoch: int, **more) -> None:
         """checkpoint-<epoch>.pth; of the older ones as many stay as `keep` says."""
-        self.write(f"checkpoint-{epoch}.pth", {"epoch": epoch, "batch": 0, **more})
+        saved = self.write(f"checkpoint-{epoch}.pth", {"epoch": epoch, "batch": 0, **more})
         self.saved_at = time.monotonic()
-        if self.keep and self.folder and self.world.rank == 0 and not self.unsaved:
-            for old in epoch_checkpoints(self.folder)[self.keep :]:
+        if self.keep and saved and self.world.rank == 0:
+            found = epoch_checkpoints(self.folder)
+            newest = found.index(self.folder / f"checkpoint-{epoch}.pth")  # those of later epochs are not ours
+            for old in found[newest + self.keep :]:
                 old.unlink(missing_ok=True)
 
     def step_done(self, epoch: int, batch: int, more: Callable[[], dict]) -> None:
@@ -133,7 +145,7 @@ class Checkpoints:
 
     def _act(self, outcome: list[int], epoch: int, batch: int, more: Callable[[], dict]) -> None:
         status, due = outcome
-        if not (status or due):
+        if not status and (not due or self.engine.bad_steps.in_row > 0):  # weights in doubt replace no good ones
             return
         self.write(LAST, {"epoch": epoch - 1, "batch": batch, **more()})  # epoch: the last whole one
         self.saved_at = time.monotonic()
@@ -178,10 +190,10 @@ def resume(
         CheckpointError: it can't be read, is of a model with other settings, or not all ranks find the same.
     """
     found = None
-    if args.resume:
-        found = Path(args.resume), read_checkpoint(args.resume)
-    elif args.auto_resume and args.output_dir:
+    if args.auto_resume and args.output_dir:
         found = newest_checkpoint(args.output_dir, console.warn)
+    if args.resume and (found is None or _flags(found[1]).get("resume") != args.resume):
+        found = Path(args.resume), read_checkpoint(args.resume)  # else this command has been here already
     if found is None:
         start = Start(args.start_epoch, 0, {})
         _check_same_start(start, args.output_dir, world)
@@ -198,7 +210,8 @@ def resume(
         ) from error
     batch, what = _batch_to_start_at(done, state.get("layout", {}), _layout(sampler))
     batch = min(batch, sampler.steps_per_epoch)
-    start = Start(epoch, batch, {name: state[name] for name in ("best", "progress") if name in state})
+    kept = ["best", "progress"] if batch else ["best"]
+    start = Start(epoch, batch, {name: state[name] for name in kept if name in state})
     _check_same_start(start, args.output_dir, world)
     inside = f", and {batch} of {sampler.steps_per_epoch} batches of the next" if batch else ""
     console.say(f"resumed {path}: {epoch} of {args.epochs} epochs are done{inside}")
@@ -239,8 +252,7 @@ def _videos_a_step(layout: dict[str, int]) -> tuple[int, str]:
 
 def _changes(state: dict, args: argparse.Namespace) -> list[str]:
     """What is not as it was when the checkpoint was written."""
-    old, lines = state.get("args", {}), []
-    old = old if isinstance(old, dict) else vars(old)
+    old, lines = _flags(state), []
     changed = [
         f"--{name} {old[name]} -> {value}"
         for name, value in vars(args).items()
@@ -251,6 +263,11 @@ def _changes(state: dict, args: argparse.Namespace) -> list[str]:
     if state.get("version", code_version()) != code_version():
         lines.append(f"it was written by version {state['version']} of the code, this is {code_version()}")
     return lines
+
+
+def _flags(state: dict) -> dict:
+    flags = state.get("args") or {}
+    return flags if isinstance(flags, dict) else vars(flags)
 
 
 def _check_same_start(start: Start, output_dir: str, world: World) -> None:

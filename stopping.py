@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -50,7 +51,8 @@ class StopSignals:
         self.status = 130 if number == signal.SIGINT else SAVED
         self.came = time.monotonic()
         name = signal.Signals(number).name
-        os.write(2, f"{name}: finishing the step and saving; a second signal leaves at once\n".encode())
+        with suppress(OSError):  # nobody listens any more
+            os.write(2, f"{name}: finishing the step and saving; a second signal leaves at once\n".encode())
         if not under_torchrun:  # so that the second one works even where Python hangs in a library
             for other in SIGNALS:
                 signal.signal(other, signal.SIG_DFL)

@@ -18,6 +18,8 @@ from torch.distributed.rendezvous import rendezvous
 
 import watchdog
 
+_patient: list[dist.ProcessGroup] = []  # the group of `wait_for_all`, in a distributed run
+
 
 class World(NamedTuple):
     """Where this process stands: its device, its rank among `size` processes."""
@@ -88,6 +90,7 @@ def _join(device: str, dist_url: str, local_rank: int, rank: int, size: int, dis
         # The watchdog knows more than a collective that times out, so it comes first.
         watchdog.watch(store, rank=rank, size=size, timeout=dist_timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=1.5 * timeout)
+        _patient.append(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
     except dist.DistError as error:
         where = (
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if "env" in dist_url else dist_url
@@ -173,8 +176,23 @@ def stop_world() -> None:
     if isinstance(error, SystemExit):
         error = (error.__cause__ or error) if isinstance(error.code, str) else None
     watchdog.unwatch(error)
+    _patient.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def wait_for_all(where: str) -> None:
+    """Waits for the other ranks, for as long as they give signs of life: after loops of different lengths.
+
+    Every rank must call it. `where` is for the watchdog.
+    """
+    if not _patient:
+        return
+    work = dist.barrier(group=_patient[0], async_op=True)
+    while not work.is_completed():
+        watchdog.tick(f"{where}, waiting for the others")
+        time.sleep(0.05)
+    work.wait()
 
 
 def seed_all(*words: int) -> None:

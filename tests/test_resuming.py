@@ -142,7 +142,18 @@ def test_a_checkpoint_tells_where_and_by_what_it_was_made(data, tmp_path, monkey
     signal_at(monkeypatch, 3, signal.SIGUSR1)
     assert run("finetuning", data, tmp_path).returncode == SAVED
     state = torch.load(tmp_path / LAST, weights_only=True)
-    expected = {"model", "optimizer", "scaler", "model_ema", "epoch", "batch", "layout", "best", "progress"}
+    expected = {
+        "model",
+        "optimizer",
+        "optimizer_name",
+        "scaler",
+        "model_ema",
+        "epoch",
+        "batch",
+        "layout",
+        "best",
+        "progress",
+    }
     assert expected | {"args", "model_settings", "version"} == set(state)
     layout = {"num_videos": 9, "seed": 0, "world_size": 1, "batch_size": 2, "update_freq": 1}
     assert state["layout"] == layout
@@ -287,6 +298,72 @@ def test_another_batch_size_goes_on_where_the_videos_are(data, tmp_path, monkeyp
     assert resumed.returncode == 0 and "step 9/18" in resumed.stdout
 
 
+def test_a_stop_between_accumulated_steps(data, tmp_path, monkeypatch):
+    """Two batches make a step; the run that is stopped after the first step equals the one that isn't."""
+    flags = ["--update_freq", "2", "--epochs", "2"]
+    assert run("pretraining", data, tmp_path / "straight", *flags).returncode == 0
+    with monkeypatch.context() as patch:
+        signal_at(patch, 1, signal.SIGTERM)
+        assert "after 2 of 4 batches" in run("pretraining", data, tmp_path / "out", *flags).stderr
+    assert run("pretraining", data, tmp_path / "out", *flags).returncode == 0
+    assert_equal(end_state(tmp_path / "out")["model"], end_state(tmp_path / "straight")["model"])
+
+
+def test_nothing_is_started_afresh_where_all_checkpoints_are_damaged(data, tmp_path):
+    run("pretraining", data, tmp_path, "--epochs", "1")
+    (tmp_path / "checkpoint-0.pth").write_bytes(b"torn")
+    done = run("pretraining", data, tmp_path)
+    assert done.returncode == 1 and "none of the checkpoints" in done.stderr and "--no_auto_resume" in done.stderr
+    assert (tmp_path / "checkpoint-0.pth").read_bytes() == b"torn"
+
+
+def test_pruning_leaves_what_was_just_written_beside_later_epochs_of_another_run(data, tmp_path):
+    run("pretraining", data, tmp_path, "--epochs", "1")
+    (tmp_path / "checkpoint-0.pth").rename(tmp_path / "checkpoint-7.pth")
+    done = run("pretraining", data, tmp_path, "--no_auto_resume", "--keep_ckpts", "1")
+    assert done.returncode == 0
+    assert {p.name for p in tmp_path.glob("*.pth")} == {"checkpoint-1.pth", "checkpoint-7.pth"}
+
+
+def test_resume_is_for_the_first_start_of_a_command_only(data, straight, tmp_path, monkeypatch):
+    """Started again with the same --resume, a run goes on where it was, not at the old file."""
+    run("pretraining", data, tmp_path / "old")
+    flags = ["--resume", tmp_path / "old" / "checkpoint-0.pth"]
+    with monkeypatch.context() as patch:
+        signal_at(patch, 2, signal.SIGTERM)
+        stopped = run("pretraining", data, tmp_path / "new", *flags)
+    assert "1 of 2 epochs are done\n" in stopped.stdout
+    again = run("pretraining", data, tmp_path / "new", *flags)
+    assert f"resumed {tmp_path / 'new' / LAST}: 1 of 2 epochs are done, and 2 of 4 batches" in again.stdout
+    assert_equal(end_state(tmp_path / "new")["model"], straight["pretraining"][0]["model"])
+
+
+def test_changed_flags_of_the_optimiser_hold_and_another_optimiser_is_refused(data, tmp_path):
+    run("pretraining", data, tmp_path, "--epochs", "1")
+    done = run("pretraining", data, tmp_path, "--opt_betas", "0.5", "0.6", "--use_checkpoint")
+    changed = re.search("changed since then: (.*)", done.stdout)[1]
+    assert "--opt_betas None -> [0.5, 0.6]" in changed and "--use_checkpoint False -> True" in changed
+    assert end_state(tmp_path)["optimizer"]["param_groups"][0]["betas"] == (0.5, 0.6)
+    done = run("pretraining", data, tmp_path, "--opt", "sgd", "--epochs", "3")
+    assert done.returncode == 1 and "was made with the optimiser AdamW, --opt sgd is another" in done.stderr
+
+
+def test_an_output_folder_that_cannot_be_is_told_at_once(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run("pretraining", data, tmp_path / "file" / "out")
+    assert done.returncode == 1 and "--output_dir" in done.stderr and "can't be written to" in done.stderr
+
+
+def test_a_run_outlives_a_full_disk_behind_its_console(data, tmp_path, monkeypatch):
+    module, settings, part = PROGRAMS["pretraining"]
+    flags = ["--data_path", str(data / part), "--output_dir", str(tmp_path), "--epochs", "1"]
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:  # closing it fails
+        monkeypatch.setattr("sys.stdout", full)
+        assert module.main([*settings, *flags]) == 0
+    monkeypatch.undo()
+    assert (tmp_path / "checkpoint-0.pth").is_file()
+
+
 def test_another_list_starts_the_epoch_again(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         signal_at(patch, STEPS + 1, signal.SIGTERM)
@@ -350,6 +427,26 @@ def test_a_second_signal_leaves_at_once(data, tmp_path):
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
     assert process.returncode in (-signal.SIGINT, 130)
+
+
+def test_another_number_of_processes_goes_on_within_the_epoch(data, straight, tmp_path, monkeypatch):
+    """One process with two videos a step stops; two with one each end where it would have ended."""
+    flags = ["--sampler", "mlp"]
+    one = run("pretraining", data, tmp_path / "one", *flags)
+    with monkeypatch.context() as patch:
+        signal_at(patch, 2, signal.SIGTERM)
+        run("pretraining", data, tmp_path / "two", *flags)
+    resumed = start_process(
+        *("run_mae_pretraining.py", *PRETRAIN, "--data_path", data / "train.csv", *flags, "--batch_size", "1"),
+        *("--output_dir", tmp_path / "two"),
+        processes=2,
+    )
+    assert one.returncode == resumed.returncode == 0, resumed.stderr
+    assert "now it is 2 processes x 1 videos x 1 batches = 2" in resumed.stdout
+    assert "the epoch goes on at its video 4" in resumed.stdout
+    theirs = end_state(tmp_path / "one")["model"]
+    for name, value in end_state(tmp_path / "two")["model"].items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=2e-5)
 
 
 def test_two_processes_stop_after_the_same_step(data, tmp_path):
