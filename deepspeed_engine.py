@@ -118,8 +118,8 @@ class DeepSpeedEngine(Engine):
     def _update(self) -> None:
         groups = {n: p for n, p in self.groups_to_watch.items() if n != "rest" or self.zero is None}
         norms = {name: self._norm(params) for name, params in groups.items()}
-        total = torch.stack(list(norms.values())).square().sum().sqrt()
-        self.bad_steps.agree(total if self.zero is None and not self.scaler.is_enabled() else None)
+        judged = self.zero is None and not self.scaler.is_enabled()  # ZeRO skips overflows by itself
+        self.bad_steps.agree(torch.stack(list(norms.values())).square().sum().sqrt() if judged else None)
         self.forward_model.step()
         if self.zero is not None:  # it computes the whole norm anyway, and gathering all gradients is dear
             total = torch.as_tensor(self.forward_model.get_global_grad_norm(), device=self.device)

@@ -151,7 +151,26 @@ def test_an_unreadable_video_is_reported_counted_and_replaced(data, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert f"unreadable video, replaced by another: {broken}" in done.stderr
-    assert log(tmp_path / "out")[0]["bad_videos"] == 1
+    entry = log(tmp_path / "out")[0]
+    assert entry["bad_videos"] == 1 and entry["replaced"] >= 1
+    header, row = (tmp_path / "out" / "bad_videos.csv").read_text().splitlines()
+    assert header == "path,reason" and row.startswith(f"{broken},")
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_too_many_unreadable_videos_stop_the_run_and_are_all_written_down(data, tmp_path, workers):
+    """Two epochs over 8 videos of which 3 are broken; each is met, and recorded once."""
+    lines = [f"{data}/{i}.mp4 0\n" for i in range(5)] + [f"missing/{i}.mp4 1\n" for i in range(3)]
+    (tmp_path / "list.csv").write_text("".join(lines))
+    flags = [*SMALL_RUN, "--data_path", tmp_path / "list.csv", "--num_workers", workers]
+    allowed = start(main, *flags, "--output_dir", tmp_path / "some", "--max_bad_videos", "0.4")
+    assert allowed.returncode == 0, allowed.stderr
+    assert len((tmp_path / "some" / "bad_videos.csv").read_text().splitlines()) == 1 + 3
+    assert [entry["bad_videos"] for entry in log(tmp_path / "some")] == [3, 3]
+    stopped = start(main, *flags, "--output_dir", tmp_path / "few")
+    assert stopped.returncode == 1 and "Traceback" not in stopped.stderr
+    assert re.search(r"\d of 8 videos cannot be read, and --max_bad_videos 0.01 allows 1\.", stopped.stderr)
+    assert len((tmp_path / "few" / "bad_videos.csv").read_text().splitlines()) >= 1 + 2
 
 
 def write(path, text):
