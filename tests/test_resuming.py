@@ -309,6 +309,18 @@ def test_a_stop_between_accumulated_steps(data, tmp_path, monkeypatch):
     assert_equal(end_state(tmp_path / "out")["model"], end_state(tmp_path / "straight")["model"])
 
 
+def test_under_deepspeed_too(data, straight, tmp_path, monkeypatch):
+    """Stopped under DeepSpeed and gone on without it: its steps equal the native ones to rounding."""
+    with monkeypatch.context() as patch:
+        signal_at(patch, STEPS + 2, signal.SIGTERM)
+        stopped = run("pretraining", data, tmp_path, "--enable_deepspeed")
+    assert stopped.returncode == SAVED and f"after 2 of {STEPS} batches" in stopped.stderr
+    resumed = run("pretraining", data, tmp_path)
+    assert resumed.returncode == 0 and "changed since then: --enable_deepspeed True -> False" in resumed.stdout
+    for name, value in straight["pretraining"][0]["model"].items():
+        torch.testing.assert_close(end_state(tmp_path)["model"][name], value, rtol=1e-4, atol=2e-5)
+
+
 def test_nothing_is_started_afresh_where_all_checkpoints_are_damaged(data, tmp_path):
     run("pretraining", data, tmp_path, "--epochs", "1")
     (tmp_path / "checkpoint-0.pth").write_bytes(b"torn")
