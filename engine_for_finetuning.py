@@ -104,7 +104,8 @@ def validate(
 ) -> dict[str, float]:
     """Cross-entropy, top-1 and top-5 in per cent over one clip of each video, of all ranks together.
 
-    Every video counts once; one that can't be read counts as wrong. `ema` takes the average of the weights.
+    Every video counts once; one that can't be read counts as wrong, and so does one whose logits are not
+    finite; then the loss isn't either. `ema` takes the average of the weights.
     Where `stop` becomes true it is cut short, and what it returns means nothing.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=engine.device)  # loss, top-1, top-5, read
@@ -116,7 +117,8 @@ def validate(
         clips = batch["clips"].flatten(0, 1).to(engine.device, non_blocking=True)  # one view a video
         labels = batch["label"].to(engine.device, non_blocking=True)
         logits = engine.evaluate(normalize(to_pixels(clips), *normalization), ema=ema).float()  # (n,K)
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (n,5)
+        hits &= logits.isfinite().all(1, keepdim=True)  # the largest of what is not a number is anything
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         sums[:3] += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
         sums[3] += len(labels)

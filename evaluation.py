@@ -33,10 +33,12 @@ def fuse_views(logits: Tensor, labels: Tensor, fusion: str) -> tuple[Tensor, Ten
     """Logits (n,V,K) and labels (n,) -> fused scores (n,K) float32 and hits of the views (n,2) int64.
 
     fusion: "softmax" averages probabilities (VideoMAE, MAE-ST), "logits" the raw logits (AdaMAE's code).
+    A view whose scores are not finite is never right, and its video's scores are not finite.
     """
     logits = logits.float()
     scores = logits.softmax(2) if fusion == "softmax" else logits
     top = logits.topk(min(5, logits.shape[2]), dim=2).indices == labels[:, None, None]  # (n,V,5)
+    top &= scores.isfinite().all(2, keepdim=True)
     hits = torch.stack([top[:, :, 0].sum(1), top.any(2).sum(1)], dim=1)  # (n,2)
     return scores.mean(1), hits
 
@@ -53,35 +55,43 @@ def merge_ranks(scores: Scores) -> Scores:
     return Scores(*(values[order] for values in joined), scores.num_views, bad)
 
 
-def accuracies(scores: Scores, *, skip_unreadable: bool = False) -> dict[str, float]:
-    """Accuracies in per cent, of videos and of views, and the number of videos.
+def is_finite(scores: Scores) -> np.ndarray:
+    """bool (n,): the videos whose scores are numbers."""
+    return np.isfinite(scores.fused).all(1)
 
-    Each video counts once. An unreadable one counts as wrong in the videos' top-1 and top-5, unless skipped.
+
+def accuracies(scores: Scores, labels: np.ndarray, *, skip_unreadable: bool = False) -> dict[str, float]:
+    """Accuracies in per cent, of videos and of views, and numbers of videos.
+
+    Each video counts once. An unreadable one counts as wrong in the videos' top-1, top-5 and mean per-class
+    accuracy, unless skipped; one whose scores are not finite always does.
+
+    Args:
+        labels: int64, of the whole list, from which those of the unreadable videos are taken.
     """
     n, num_classes = scores.fused.shape
     order = np.argsort(-scores.fused, axis=1, kind="stable")[:, : min(5, num_classes)]
-    hit = order == scores.label[:, None]
-    counted = max(1, n if skip_unreadable else n + len(scores.bad))
-    confusion = confusion_matrix(scores)
-    sizes = confusion.sum(1)
-    views = max(1, n * scores.num_views)
+    hit = (order == scores.label[:, None]) & is_finite(scores)[:, None]
+    missed = np.array([] if skip_unreadable else [index for index, _, _ in scores.bad], np.int64)
+    sizes = np.bincount(np.concatenate([scores.label, labels[missed]]), minlength=num_classes)
+    right = np.bincount(scores.label[hit[:, 0]], minlength=num_classes)
+    videos, views = max(1, n + len(missed)), max(1, n * scores.num_views)
     return {
-        "top1": 100 * float(hit[:, 0].sum()) / counted,
-        "top5": 100 * float(hit.any(1).sum()) / counted,
-        "mean_class_accuracy": 100 * float((confusion.diagonal()[sizes > 0] / sizes[sizes > 0]).mean())
-        if n
-        else 0.0,
+        "top1": 100 * float(hit[:, 0].sum()) / videos,
+        "top5": 100 * float(hit.any(1).sum()) / videos,
+        "mean_class_accuracy": 100 * float((right[sizes > 0] / sizes[sizes > 0]).mean()) if sizes.any() else 0.0,
         "view_top1": 100 * float(scores.view_hits[:, 0].sum()) / views,
         "view_top5": 100 * float(scores.view_hits[:, 1].sum()) / views,
-        "videos": counted,
+        "videos": videos,
         "unreadable": len(scores.bad),
+        "not_finite": n - int(is_finite(scores).sum()),
     }
 
 
 def confusion_matrix(scores: Scores) -> np.ndarray:
-    """int64 (K,K): row the true class, column the predicted one."""
-    num_classes = scores.fused.shape[1]
-    cells = scores.label * num_classes + scores.fused.argmax(1)
+    """int64 (K,K): row the true class, column the predicted one, of the videos with finite scores."""
+    num_classes, finite = scores.fused.shape[1], is_finite(scores)
+    cells = scores.label[finite] * num_classes + scores.fused[finite].argmax(1)
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 

@@ -2,28 +2,30 @@
 
 import argparse
 import json
+import math
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from augment_finetune import ClipErasing, ClipMixup
-from checkpoint import CheckpointError, epoch_checkpoints, read_checkpoint
+from checkpoint import read_checkpoint
 from datasets import DataSet
 from engine_for_finetuning import finetune_one_epoch, score_views, validate
-from evaluation import accuracies, write_results
+from evaluation import accuracies, is_finite, write_results
 from flags import build_schedule
 from logs import Console, Progress, RunLog
 from optim import Engine
 from saving import Checkpoints, Start
 from stopping import SAVED, Stopped, StopSignals
+from tested import BEST, check_same_on_all_ranks, load_tested
 from utils import World, sum_over_ranks
-from weights import load_classifier_weights
 
-BEST = "checkpoint-best.pth"
+NO_BEST = {"top1": -1.0}
 
 
 class Run(NamedTuple):
@@ -39,6 +41,7 @@ class Run(NamedTuple):
     log: RunLog
     normalization: tuple
     signals: StopSignals
+    class_names: list[str] | None = None
     start: Start | None = None  # the rest is None where nothing is trained
     checkpoints: Checkpoints | None = None
     books: dict | None = None  # of what goes wrong, for `Progress`
@@ -48,8 +51,11 @@ def steps_per_epoch(args: argparse.Namespace, loaders: dict[str, DataLoader]) ->
     return loaders["train"].sampler.steps_per_epoch // args.update_freq if "train" in loaders else 0
 
 
-def train(run: Run) -> None:
-    """The epochs of a run: training, validation of the weights and of their average, checkpoints."""
+def train(run: Run) -> dict:
+    """The epochs of a run: training, validation of the weights and of their average, checkpoints.
+
+    Returns the best validation: its top-1, epoch and source.
+    """
     args, engine, loader = run.args, run.engine, run.loaders["train"]
     schedule = build_schedule(
         args, args.batch_size * args.update_freq * run.world.size, steps_per_epoch(args, run.loaders)
@@ -69,7 +75,7 @@ def train(run: Run) -> None:
     }
     num_batches = loader.sampler.steps_per_epoch
     first_batch, state = run.start.batch, run.start.state.get("progress")
-    best = run.start.state.get("best", {"top1": -1.0})
+    best = recall_best(run)
     run.console.start((run.start.epoch * num_batches + first_batch) // args.update_freq)
     for epoch in range(run.start.epoch, args.epochs):
         loader.sampler.set_epoch(epoch, first_batch)
@@ -112,6 +118,7 @@ def train(run: Run) -> None:
             run.checkpoints.epoch_done(epoch, best=best)
     run.console.close()
     run.checkpoints.finish()
+    return best
 
 
 def validate_all(run: Run) -> dict[str, dict[str, float]]:
@@ -126,53 +133,75 @@ def validate_all(run: Run) -> dict[str, dict[str, float]]:
 def keep_best(run: Run, found: dict[str, dict[str, float]], best: dict, epoch: int) -> dict:
     """Writes checkpoint-best.pth where the validation is better than ever; returns the best so far."""
     for source, values in found.items():
-        if values["top1"] > best["top1"]:
+        if not math.isfinite(values["loss"]):
+            run.console.say_error(
+                f"epoch {epoch}: the validation of {source} is not finite, so it can't be the best"
+            )
+        elif values["top1"] > best["top1"]:
             best = {"top1": values["top1"], "epoch": epoch, "source": source}
-    if found and best["epoch"] == epoch:
+    if found and best.get("epoch") == epoch:
         chosen = "model_ema" if best["source"] == "ema" else "model"
         run.checkpoints.write(BEST, {"epoch": epoch, "best": best}, only=lambda state: {"model": state[chosen]})
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # every rank reads it for the test
     return best
 
 
-def load_for_test(run: Run) -> str:
+def recall_best(run: Run) -> dict:
+    """The best so far of the checkpoint that was resumed, if --output_dir or --resume's folder has its file.
+
+    A file beside --resume is copied to --output_dir. Without one the best starts anew.
+    """
+    best, folder = run.start.state.get("best", NO_BEST), run.checkpoints.folder
+    if best["top1"] < 0 or folder is None:
+        return best
+    told = [best]
+    if run.world.rank == 0 and not (folder / BEST).is_file() and not copy_best(run, best):
+        run.console.warn(f"the file of the best so far, {best['top1']:.2f}, is not there: the best starts anew")
+        told = [NO_BEST]
+    if run.world.size > 1:
+        dist.broadcast_object_list(told, device=run.world.device)
+    return told[0]
+
+
+def copy_best(run: Run, best: dict) -> bool:
+    """Copies checkpoint-best.pth from beside --resume to --output_dir; False unless it is that of `best`."""
+    source, target = Path(run.args.resume).parent / BEST, run.checkpoints.folder / BEST
+    if not run.args.resume or not source.is_file() or read_checkpoint(source).get("best") != best:
+        return False
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        run.console.warn(f"{target} could not be written ({error})")
+        target.unlink(missing_ok=True)
+        return False
+    run.console.say(f"{source}, the best so far, is copied to {target.parent}")
+    return True
+
+
+def load_for_test(run: Run, best: dict) -> str:
     """Loads the weights to be tested; returns their name.
 
-    After training that is the best checkpoint, or without one the last weights. With --eval it is --finetune,
-    --resume, or the best or newest in --output_dir. Raises CheckpointError where there is none, or one
-    without a head of these classes.
+    After training that is the best checkpoint, or without one the last weights; with --eval see `find_tested`.
+    Raises CheckpointError for a file that can't be tested, or where ranks would test different weights.
     """
-    args, model = run.args, run.engine.module
-    folder = Path(args.output_dir)
-    best = [folder / BEST] if args.output_dir and (folder / BEST).is_file() else []
-    if not args.eval:
-        if not best or not args.save_ckpt or args.disable_eval_during_finetuning:
-            return "the last weights"
-        model.load_state_dict(read_checkpoint(best[0])["model"])
-        return str(best[0])
-    named = [Path(p) for p in (args.finetune, args.resume) if p]
-    path = next(iter([*named, *best, *(epoch_checkpoints(folder) if args.output_dir else [])]), None)
-    if path is None:
-        raise CheckpointError("--eval has nothing to test: set --finetune to a fine-tuned checkpoint")
-    target = model.encoder if run.model_settings.get("probe") else model
-    if run.model_settings.get("probe"):
+    args, model, path = run.args, run.engine.module, Path(run.args.output_dir) / BEST
+    kept = best["top1"] >= 0 and args.save_ckpt and args.output_dir and path.is_file()
+    tested = "the last weights"
+    if args.eval:
+        tested = load_tested(args, model, run.console.say)
+    elif kept and not args.disable_eval_during_finetuning:
         model.load_state_dict(read_checkpoint(path)["model"])
-        return str(path)
-    report = load_classifier_weights(
-        target, path, model_key=args.model_key, prefix=args.model_prefix, report=run.console.say
-    )
-    if any(name.startswith("head.") for name in report.fresh):
-        raise CheckpointError(
-            f"{path} has no head for {run.data_set.num_classes} classes: --eval needs a fine-tuned checkpoint"
-        )
-    return str(path)
+        tested = str(path)
+    check_same_on_all_ranks(tested, model, run.world)
+    return tested
 
 
-def test(run: Run) -> int:
-    """The multi-view test; returns the exit status, 1 where videos could not be read."""
+def test(run: Run, best: dict) -> int:
+    """The multi-view test; returns the exit status, 1 where videos could not be read.
+
+    best: of `train`. Raises FloatingPointError where no score is finite, and as `load_for_test`.
+    """
     args, loader = run.args, run.loaders["test"]
-    tested = load_for_test(run)
+    tested = load_for_test(run, best)
     views = loader.dataset.views
     run.console.say(f"testing {tested}: {len(loader.dataset)} videos x {len(views)} views")
     scores = score_views(
@@ -189,15 +218,17 @@ def test(run: Run) -> int:
     )
     if sum_over_ranks(run.signals.status, run.world.device):
         raise Stopped("stopped during the test: start the same command again to repeat it", SAVED)
-    found = accuracies(scores, skip_unreadable=args.skip_unreadable)
+    if len(scores.index) and not is_finite(scores).any():
+        raise FloatingPointError(f"{tested}: no video has finite scores; its weights are of no use")
+    videos = loader.dataset.videos
+    found = accuracies(scores, videos.labels, skip_unreadable=args.skip_unreadable)
     if run.world.rank == 0:
         run.console.say("  ".join(f"{name} {value:.2f}" for name, value in found.items()))
         if args.output_dir:
-            names = Path(args.labels).read_text().splitlines() if args.labels else None
-            write_results(Path(args.output_dir), scores, loader.dataset.videos, names)
             (Path(args.output_dir) / "test.json").write_text(
                 json.dumps({"tested": tested, "view_fusion": args.view_fusion, **found}, indent=1) + "\n"
             )
+            write_results(Path(args.output_dir), scores, videos, run.class_names)
         for _, path, reason in scores.bad:
             print(f"unreadable test video: {path}: {reason}", file=sys.stderr)
     return 1 if scores.bad and not args.skip_unreadable else 0

@@ -176,6 +176,23 @@ def check_labels(videos: VideoList, num_classes: int) -> None:
     )
 
 
+def read_labels(path: str, num_classes: int) -> list[str]:
+    """The names of the classes in a file, one a line from class 0 on.
+
+    Raises ListError where it can't be read, or has more or fewer than `num_classes`.
+    """
+    try:
+        names = Path(path).read_text(encoding="utf-8").rstrip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ListError(f"--labels {path} can't be read: {error}") from error
+    if len(names) != num_classes:
+        raise ListError(
+            f"--labels {path} has {len(names)} lines and the model {num_classes} classes: "
+            "write one name a line, the first for class 0"
+        )
+    return [name.strip() for name in names]
+
+
 def check_readable(
     videos: VideoList, decoder: str = "auto", *, decode_timeout: float = 0, limit: int = 1000
 ) -> str:

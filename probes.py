@@ -37,11 +37,12 @@ class Probe(nn.Module):
         super().__init__()
         self.window, self.patch, self.depth = encoder.window, encoder.patch, encoder.depth
         num_classes = encoder.head.out_features
+        width = encoder.head.in_features if pool is None else encoder.dim  # slot pooling has several means
         encoder.head = nn.Identity()
         self.encoder = encoder.requires_grad_(False)
         self.pool = pool
-        self.norm = nn.BatchNorm1d(encoder.dim, affine=False, eps=1e-6) if batch_norm else nn.Identity()
-        self.head = nn.Linear(encoder.dim, num_classes)
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if batch_norm else nn.Identity()
+        self.head = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=head_std)
         nn.init.zeros_(self.head.bias)
         self.train(self.training)
@@ -61,10 +62,10 @@ class Probe(nn.Module):
         return {name: frozen.get(name, self.depth + 1) for name, _ in self.named_parameters()}
 
     def forward_features(self, clip: Tensor) -> Tensor:
-        """What the linear layer sees: (B,D)."""
+        """What the linear layer sees: (B,D), with slot pooling (B,T'*D)."""
         with torch.no_grad():
             x = self.encoder.forward_features(clip) if self.pool is None else self.encoder.forward_tokens(clip)
-        return self.norm(x if self.pool is None else self.pool(x))  # (B,D)
+        return self.norm(x if self.pool is None else self.pool(x))
 
     def forward(self, clip: Tensor) -> Tensor:
         return self.head(self.forward_features(clip))  # (B,classes)

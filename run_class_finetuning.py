@@ -4,6 +4,7 @@ import argparse
 import sys
 from contextlib import ExitStack
 
+import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -14,9 +15,9 @@ from bad_videos import BadVideos
 from checkpoint import load_weights
 from datasets import DATA_SETS, FRAME_RULES, DataSet, resolve_data_set
 from evaluation import FUSIONS
-from finetuning import Run, steps_per_epoch, test, train
+from finetuning import NO_BEST, Run, steps_per_epoch, test, train
 from flags import ON_OFF, build_engine, check_common, common_parser, describe
-from lists import VideoList, check_readable, read_splits
+from lists import VideoList, check_readable, read_labels, read_splits
 from loaders import build_finetuning_loaders
 from logs import Console, RunLog
 from modeling_finetune import (
@@ -30,6 +31,7 @@ from probes import make_probe
 from program import run_program
 from saving import Checkpoints, resume
 from stopping import StopSignals, Votes
+from tested import check_tested, find_tested
 from utils import World, seed_all, start_world
 from weights import load_classifier_weights
 
@@ -107,20 +109,58 @@ def get_args_parser() -> argparse.ArgumentParser:
 # fmt: on
 
 
-def check_settings(args: argparse.Namespace) -> tuple[dict, DataSet, dict[str, VideoList]]:
+SHARES = ("reprob", "smoothing", "mixup_prob", "mixup_switch_prob")
+DROPS = ("drop", "attn_drop_rate", "drop_path", "fc_drop_rate")
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Raises ValueError, naming the flag, for a number that augmentation or model can't take."""
+    for name in (*SHARES, *DROPS):
+        value = getattr(args, name)
+        if not 0 <= value <= 1 or (name in DROPS and value == 1):
+            raise ValueError(f"--{name} {value} must be from 0 to {'below ' * (name in DROPS)}1")
+    for name in ("mixup", "cutmix"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 0; 0 switches it off")
+    for name in ("crop_scale", "cutmix_minmax"):
+        low, high = getattr(args, name) or (1, 1)
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"--{name} {low} {high} must be two shares above 0, up to 1, the smaller one first")
+
+
+def check_probe(args: argparse.Namespace) -> dict | None:
+    """The settings of `make_probe` where the flags ask for a probe. Raises ValueError for flags that clash."""
+    if args.linear_probe and args.attentive_probe:
+        raise ValueError("--linear_probe and --attentive_probe exclude each other: give one")
+    if args.slot_pooling and not args.use_mean_pooling:
+        raise ValueError("--slot_pooling and --use_cls exclude each other: give one")
+    if args.slot_pooling and args.attentive_probe:
+        raise ValueError("--slot_pooling and --attentive_probe exclude each other: that probe pools itself")
+    if not (args.linear_probe or args.attentive_probe):
+        if args.probe_batch_norm:
+            raise ValueError("--probe_batch_norm belongs to a probe: add --linear_probe or --attentive_probe")
+        return None
+    if not (args.finetune or args.eval):
+        raise ValueError("a probe needs a frozen encoder: set --finetune to a checkpoint")
+    if args.probe_batch_norm and not args.eval and args.batch_size * args.num_sample == 1:
+        raise ValueError("--probe_batch_norm can't standardise a batch of one clip: raise --batch_size")
+    return {"kind": "linear" if args.linear_probe else "attentive", "batch_norm": args.probe_batch_norm}
+
+
+def check_settings(
+    args: argparse.Namespace,
+) -> tuple[dict, DataSet, dict[str, VideoList], list[str] | None]:
     """Everything that can be told wrong before anything is built.
 
-    Returns the settings of `create_classifier`, the data set, and the lists. Raises ValueError with a message
-    that says what to change, or CheckpointError.
+    Returns the settings of `create_classifier`, and of `make_probe` as `probe`; the data set; the lists; and the
+    names of the classes. Raises ValueError with a message that says what to change, or CheckpointError.
     """
     check_common(args, "num_segments", "recount", "tubelet_size")
+    check_ranges(args)
     _, patch, img = parse_model_name(args.model, CLASSIFIERS)
     num_frames, size = args.num_frames * args.num_segments, args.input_size or img
     token_grid(num_frames, size, patch, args.tubelet_size)
-    if args.linear_probe and args.attentive_probe:
-        raise ValueError("--linear_probe and --attentive_probe exclude each other: give one")
-    if (args.linear_probe or args.attentive_probe) and not (args.finetune or args.eval):
-        raise ValueError("a probe needs a frozen encoder: set --finetune to a checkpoint")
+    probe = check_probe(args)
     if not args.data_path:
         raise ValueError("--data_path is missing: a folder of train.csv, val.csv and test.csv (DATASET.md)")
     data_set = resolve_data_set(
@@ -131,16 +171,22 @@ def check_settings(args: argparse.Namespace) -> tuple[dict, DataSet, dict[str, V
         test_segments=args.test_num_segment,
         test_crops=args.test_num_crop,
     )
+    class_names = read_labels(args.labels, data_set.num_classes) if args.labels else None
     splits = ["test"] if args.eval else ["train", "val", "test"]
     if args.disable_eval_during_finetuning and not args.eval:
         splits.remove("val")
+    tested, source = None, None  # the file that is tested; the weights that are tested or started from
+    if args.eval:
+        tested, source = find_tested(args)
+    elif args.finetune:
+        source = load_weights(args.finetune, model_key=args.model_key, prefix=args.model_prefix)
     model_settings = {
         "name": args.model,
         "num_classes": data_set.num_classes,
         "num_frames": num_frames,
         "input_size": size,
         "tubelet": args.tubelet_size,
-        "pos_embed": args.pos_embed or trained_positions(args),
+        "pos_embed": args.pos_embed or (source and source.settings.get("pos_embed")),
         "mean_pooling": args.use_mean_pooling,
         "slot_pooling": args.slot_pooling,
         "drop": args.drop,
@@ -149,21 +195,24 @@ def check_settings(args: argparse.Namespace) -> tuple[dict, DataSet, dict[str, V
         "fc_drop": args.fc_drop_rate,
         "init_scale": args.init_scale,
         "checkpoint_activations": args.use_checkpoint,
+        **({"probe": probe} if probe else {}),
     }
+    if tested:
+        check_tested(tested, source, model_settings)
     lists = read_splits(args.data_path, num_classes=data_set.num_classes, splits=splits, data_root=args.data_root)
-    return model_settings, data_set, lists
+    return model_settings, data_set, lists, class_names
 
 
-def trained_positions(args: argparse.Namespace) -> str | None:
-    """The positions that the checkpoint to start from was trained with, where it tells."""
-    if not args.finetune:
-        return None
-    return load_weights(args.finetune, model_key=args.model_key).settings.get("pos_embed")
+def warn_of_empty_classes(args: argparse.Namespace, lists: dict[str, VideoList], console: Console) -> None:
+    """A data set of one's own has more classes than labels: more often a wrong number than meant so."""
+    found = len(np.unique(np.concatenate([videos.labels for videos in lists.values()])))
+    if args.data_set == "custom" and not args.eval and found < args.nb_classes:
+        console.say_error(f"--nb_classes {args.nb_classes}, but the lists have videos of {found} classes only")
 
 
 def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack) -> Run:
     """Checks the settings and builds everything. Raises ValueError or CheckpointError."""
-    model_settings, data_set, lists = check_settings(args)
+    model_settings, data_set, lists, class_names = check_settings(args)
     world = start_world(
         args.device,
         args.dist_url,
@@ -177,6 +226,7 @@ def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack
     loaders = build_loaders(args, data_set, lists, model_settings, world)
     is_main = world.rank == 0
     console = Console(total_steps=steps_per_epoch(args, loaders) * args.epochs, show=is_main)
+    warn_of_empty_classes(args, lists, console)
     seed_all(args.seed)
     model = build_model(args, model_settings, console).to(world.device)
     engine = build_engine(
@@ -207,6 +257,7 @@ def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack
         ),
         normalization=COLOUR_STATISTICS[statistics],
         signals=signals,
+        class_names=class_names,
     )
     return run if args.eval else prepare_training(run, to_close)
 
@@ -214,7 +265,7 @@ def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack
 def prepare_training(run: Run, to_close: ExitStack) -> Run:
     """What only training needs: where it starts, its checkpoints, its books. Raises CheckpointError."""
     args, world, console, loader = run.args, run.world, run.console, run.loaders["train"]
-    votes = Votes(timeout=args.dist_timeout)
+    votes = Votes(timeout=1.5 * args.dist_timeout)  # the watchdog speaks first
     to_close.callback(votes.close)
     start = resume(args, run.engine, loader.sampler, run.model_settings, world=world, console=console)
     checkpoints = Checkpoints(
@@ -243,15 +294,14 @@ def prepare_training(run: Run, to_close: ExitStack) -> Run:
 
 def build_model(args: argparse.Namespace, model_settings: dict, console: Console) -> nn.Module:
     """The classifier with the weights of --finetune, or a probe of it. Raises CheckpointError."""
-    model = create_classifier(**model_settings)
-    kind = "linear" if args.linear_probe else "attentive" if args.attentive_probe else None
-    if kind:
-        model_settings["probe"] = {"kind": kind, "batch_norm": args.probe_batch_norm}
+    settings = dict(model_settings)
+    probe = settings.pop("probe", None)
+    model = create_classifier(**settings)
     if args.finetune and not args.eval:
         load_classifier_weights(
             model, args.finetune, model_key=args.model_key, prefix=args.model_prefix, report=console.say
         )
-    return make_probe(model, kind=kind, batch_norm=args.probe_batch_norm) if kind else model
+    return make_probe(model, **probe) if probe else model
 
 
 def build_loaders(
@@ -294,9 +344,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work(signals: StopSignals, to_close: ExitStack) -> int:
         run = assemble(args, signals, to_close)
-        if not args.eval:
-            train(run)
-        status = test(run)
+        status = test(run, best=NO_BEST if args.eval else train(run))
         run.log.close()
         return status
 

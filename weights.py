@@ -58,9 +58,10 @@ def load_classifier_weights(
 ) -> LoadReport:
     """Loads a checkpoint, pre-trained or fine-tuned, into a classifier in place.
 
-    All of the encoder must be there and fit. A head of other classes is dropped, and a final norm or head
-    that is not in the file stays as the model was initialised. As in the published code that goes for the
-    norm of AdaMAE and VideoMAE, which normalised tokens and not their mean; MAE-ST's is taken over.
+    All of the encoder must be there and fit, but for a learned position table where the file was trained with
+    fixed positions: that one starts fresh, as the sinusoid. A head of other classes is dropped, and a final norm
+    or head that is not in the file stays as the model was initialised. As in the published code that goes for
+    the norm of AdaMAE and VideoMAE, which normalised tokens and not their mean; MAE-ST's is taken over.
 
     Args:
         path, model_key, prefix: as in `load_weights`.
@@ -182,7 +183,8 @@ def fit_weights(
     notes = _resize_tables(taken, target, window, _time_slots(found)) + _drop_other_head(taken, target)
     homeless = [name for name in origin if name not in taken]
 
-    problems = _misfits(taken, target, homeless)
+    fresh_table = _starts_a_table(found)
+    problems = _misfits(taken, target, homeless, optional={"pos_embed"} if fresh_table else set())
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise CheckpointError(
@@ -204,14 +206,26 @@ def _check_known(found: Weights, path: str | Path) -> None:
         raise CheckpointError(f"{path}: no checkpoint of a known video ViT (it holds {names}, ...)")
 
 
-def _misfits(taken: dict[str, Tensor], target: dict[str, Tensor], homeless: list[str]) -> list[str]:
+def _starts_a_table(found: Weights) -> bool:
+    """Whether the checkpoint was trained with fixed positions, so that a learned table may start fresh."""
+    has_table = any(plain_name(name) in POSITION_TABLES for name in found.tensors)
+    return not has_table and found.settings.get("pos_embed") not in ("learnable", "separable")
+
+
+def _misfits(
+    taken: dict[str, Tensor], target: dict[str, Tensor], homeless: list[str], optional: set[str]
+) -> list[str]:
     """What shows that a checkpoint is of another architecture, a sentence each."""
     shapes = [
         f"{name} is {tuple(value.shape)} in the file and {tuple(target[name].shape)} in the model"
         for name, value in taken.items()
         if value.shape != target[name].shape
     ]
-    missing = [f"{name} is not in the file" for name in target if name not in taken and _in_encoder(name)]
+    missing = [
+        f"{name} is not in the file"
+        for name in target
+        if name not in taken and _in_encoder(name) and plain_name(name) not in optional
+    ]
     return shapes + missing + [f"{name} has no place in the model" for name in homeless if _in_encoder(name)]
 
 
