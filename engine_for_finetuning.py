@@ -12,7 +12,7 @@ from augment_finetune import ClipErasing, ClipMixup
 from evaluation import Scores, fuse_views, merge_ranks
 from logs import Console, Progress
 from optim import Engine
-from utils import seed_all, sum_over_ranks
+from utils import seed_all, sum_over_ranks, wait_for_all
 
 Normalization = tuple[Sequence[float], Sequence[float]]  # channel means and deviations of the model's input
 
@@ -101,17 +101,20 @@ def validate(
     normalization: Normalization,
     ema: bool = False,
     stop: Callable[[], bool] = lambda: False,
+    report_bad: Callable[[list[tuple[str, str]]], None] = lambda entries: None,
 ) -> dict[str, float]:
     """Cross-entropy, top-1 and top-5 in per cent over one clip of each video, of all ranks together.
 
     Every video counts once; one that can't be read counts as wrong, and so does one whose logits are not
     finite; then the loss isn't either. `ema` takes the average of the weights.
-    Where `stop` becomes true it is cut short, and what it returns means nothing.
+    Where `stop` becomes true it is cut short, and what it returns means nothing. `report_bad` is told the
+    (path, reason) of unreadable videos.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=engine.device)  # loss, top-1, top-5, read
     num_bad = 0
     for batch in unless_asked(loader, stop, "validation"):
         num_bad += len(batch["bad"])
+        report_bad([(path, reason) for _, path, reason in batch["bad"]])
         if not len(batch["label"]):
             continue
         clips = batch["clips"].flatten(0, 1).to(engine.device, non_blocking=True)  # one view a video
@@ -122,6 +125,7 @@ def validate(
         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
         sums[:3] += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
         sums[3] += len(labels)
+    wait_for_all("validation")  # with --no_dist_eval the others have nothing to do for long
     loss, top1, top5, read = (sum_over_ranks(x, engine.device) for x in sums.tolist())
     bad = sum_over_ranks(num_bad, engine.device)
     videos = max(1, read + bad)
@@ -168,6 +172,7 @@ def score_views(
         if (number + 1) % max(1, num_batches // 20) == 0:
             console.report(number + 1, "test", videos=str(sum(map(len, index))))
     console.close()
+    wait_for_all("test")
     return merge_ranks(
         Scores(
             np.concatenate([np.zeros(0, np.int64), *index]),

@@ -126,12 +126,14 @@ def validate_all(run: Run) -> dict[str, dict[str, float]]:
     if "val" not in run.loaders:
         return {}
     how = {"normalization": run.normalization, "stop": lambda: bool(run.signals.status)}
+    how["report_bad"] = run.books["bad_videos"].add
     which = ["model", "ema"] if run.engine.ema is not None else ["model"]
     return {name: validate(run.engine, run.loaders["val"], ema=name == "ema", **how) for name in which}
 
 
 def keep_best(run: Run, found: dict[str, dict[str, float]], best: dict, epoch: int) -> dict:
     """Writes checkpoint-best.pth where the validation is better than ever; returns the best so far."""
+    before = best
     for source, values in found.items():
         if not math.isfinite(values["loss"]):
             run.console.say_error(
@@ -141,7 +143,10 @@ def keep_best(run: Run, found: dict[str, dict[str, float]], best: dict, epoch: i
             best = {"top1": values["top1"], "epoch": epoch, "source": source}
     if found and best.get("epoch") == epoch:
         chosen = "model_ema" if best["source"] == "ema" else "model"
-        run.checkpoints.write(BEST, {"epoch": epoch, "best": best}, only=lambda state: {"model": state[chosen]})
+        more = {"epoch": epoch, "best": best}
+        written = run.checkpoints.write(BEST, more, only=lambda state: {"model": state[chosen]})
+        if run.checkpoints.folder is not None and not written:
+            return before  # what is remembered is what the file holds
     return best
 
 
@@ -217,7 +222,9 @@ def test(run: Run, best: dict) -> int:
         console=Console(total_steps=len(loader), show=run.world.rank == 0),
     )
     if sum_over_ranks(run.signals.status, run.world.device):
-        raise Stopped("stopped during the test: start the same command again to repeat it", SAVED)
+        raise Stopped(
+            "stopped during the test: start the same command again to repeat it", run.signals.status or SAVED
+        )
     if len(scores.index) and not is_finite(scores).any():
         raise FloatingPointError(f"{tested}: no video has finite scores; its weights are of no use")
     videos = loader.dataset.videos

@@ -280,11 +280,10 @@ def prepare_training(run: Run, to_close: ExitStack) -> Run:
         world=world,
         console=console,
     )
+    read = sum(len(run.loaders[split].dataset) for split in ("train", "val") if split in run.loaders)
     videos, files = loader.dataset.videos, {"output_dir": args.output_dir, "warn": console.warn}
     books = {
-        "bad_videos": BadVideos(
-            num_videos=len(videos), limit=args.max_bad_videos, is_main=world.rank == 0, **files
-        ),
+        "bad_videos": BadVideos(num_videos=read, limit=args.max_bad_videos, is_main=world.rank == 0, **files),
         "bad_batches": BadBatches(videos=videos, world=world, **files),
         "bad_steps": run.engine.bad_steps,
         "max_bad_steps": args.max_bad_steps,

@@ -184,7 +184,7 @@ def test_the_best_moves_with_a_resumed_checkpoint_or_starts_anew(data, tmp_path)
 
 def test_a_validation_that_is_not_finite_is_never_the_best(capsys):
     written = []
-    checkpoints = SimpleNamespace(write=lambda *args, **how: written.append(args))
+    checkpoints = SimpleNamespace(folder="out", write=lambda *args, **how: written.append(args) or True)
     console = SimpleNamespace(say_error=print)
     found = {"model": {"loss": float("nan"), "top1": 90.0}, "ema": {"loss": 1.0, "top1": 50.0}}
     trained = SimpleNamespace(console=console, checkpoints=checkpoints)
@@ -192,6 +192,14 @@ def test_a_validation_that_is_not_finite_is_never_the_best(capsys):
     assert len(written) == 1 and "model" in capsys.readouterr().out
     assert keep_best(trained, {"model": found["model"]}, {"top1": -1.0}, 1) == {"top1": -1.0}
     assert len(written) == 1
+
+
+def test_a_best_checkpoint_that_could_not_be_written_is_not_remembered():
+    found, before = {"model": {"loss": 1.0, "top1": 50.0}}, {"top1": 40.0, "epoch": 0, "source": "model"}
+    full_disk = SimpleNamespace(folder="out", write=lambda *args, **how: False)
+    nothing_kept = SimpleNamespace(folder=None, write=lambda *args, **how: False)
+    assert keep_best(SimpleNamespace(checkpoints=full_disk), found, before, 1) == before
+    assert keep_best(SimpleNamespace(checkpoints=nothing_kept), found, before, 1)["top1"] == 50.0
 
 
 # --- numbers that are none, and videos that can't be read ---

@@ -27,7 +27,7 @@ from checkpoint import CheckpointError
 from datasets import EvalDataset
 from evaluation import fuse_views
 from inference import Trained, check_flags, find_videos, inference_parser, load_trained
-from lists import NO_LABEL, VideoList
+from lists import NO_LABEL, VideoList, read_labels
 from loaders import build_evaluation_loader
 
 
@@ -42,17 +42,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--json", metavar="FILE", help="write JSON to this file; -: to standard output instead of the table")
     return parser
 # fmt: on
-
-
-def read_labels(path: str, num_classes: int) -> list[str]:
-    """The names of the classes in a file. Raises ValueError where it has more or fewer than `num_classes`."""
-    names = Path(path).read_text(encoding="utf-8").rstrip().splitlines()
-    if len(names) != num_classes:
-        raise ValueError(
-            f"--labels {path} has {len(names)} lines and the model {num_classes} classes: "
-            "write one name a line, the first for class 0"
-        )
-    return [name.strip() for name in names]
 
 
 def build_loader(
