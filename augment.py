@@ -1,18 +1,17 @@
-"""Clip transforms on uint8 frames (T,C,H,W), and the few pixel operations that run on the device.
+"""What happens to a batch of clips on the device before the model sees it.
 
-A random transform has two halves: `draw` chooses its parameters from a numpy generator, the rest carries
-them out. One draw serves all frames of a clip. What is called as transform(clip, rng) is a `ClipTransform`.
+uint8 (B,C,T,H,W) -> pixels in [0,1] -> normalised -> fine-tuning: erasing -> Mixup or CutMix, soft targets
 """
 
-import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+
+from clips.draws import draw_seed, global_draws
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -22,263 +21,6 @@ COLOUR_STATISTICS = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "mae_st": ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225)),
 }
-
-MULTI_SCALES = (1.0, 0.875, 0.75, 0.66)
-MULTI_SCALE_SNAP = 2  # a crop within so many pixels of the output size is cut at that size: no resampling
-# The 13 places of a crop, in quarters of the free room (x, y).
-MULTI_SCALE_PLACES = (
-    *((0, 0), (4, 0), (0, 4), (4, 4), (2, 2)),  # corners, centre
-    *((0, 2), (4, 2), (2, 4), (2, 0)),  # middles of the sides
-    *((1, 1), (3, 1), (1, 3), (3, 3)),  # centres of the quarters
-)
-
-ClipTransform = Callable[[Tensor, np.random.Generator], Tensor]  # uint8 (T,C,H,W) -> uint8 (T,C,S,S)
-
-
-class View(NamedTuple):
-    """A rectangle of the frame in pixels, and whether it is mirrored left to right."""
-
-    left: int
-    top: int
-    width: int
-    height: int
-    flip: bool = False
-
-
-def apply_view(
-    clip: Tensor, view: View, size: int, *, interpolation: str = "bilinear", antialias: bool = True
-) -> Tensor:
-    """Cut one view out of every frame and resize it to `size` pixels square.
-
-    clip: uint8 (T,C,H,W). interpolation: "bilinear" or "bicubic". Returns uint8 (T,C,size,size). With
-    `antialias`, bilinear is what PIL makes of the cropped frame, to within one grey level.
-    """
-    clip = F.crop(clip, view.top, view.left, view.height, view.width)
-    clip = resize(clip, size, size, interpolation=interpolation, antialias=antialias)  # T C S S
-    return F.horizontal_flip(clip) if view.flip else clip
-
-
-def resize(
-    clip: Tensor, height: int, width: int, *, interpolation: str = "bilinear", antialias: bool = True
-) -> Tensor:
-    """uint8 (T,C,H,W) -> uint8 (T,C,height,width); see `apply_view`.
-
-    Without `antialias` the exact value is rounded. torch's own uint8 kernel is off by up to a whole level
-    there. It goes frame by frame: a clip of large frames would take gigabytes in float32.
-    """
-    size, interpolation = [height, width], InterpolationMode(interpolation)
-    if antialias or list(clip.shape[-2:]) == size:
-        return F.resize(clip, size, interpolation, antialias=antialias)
-    frames = (F.resize(frame.float(), size, interpolation, antialias=False) for frame in clip)
-    return torch.stack([frame.round_().clamp_(0, 255).to(torch.uint8) for frame in frames])
-
-
-class RandomView:
-    """A random crop of a clip, resized to `size` pixels square: `draw` is what the subclasses differ in.
-
-    flip: probability of mirroring; 0 where left and right mean something, as in Something-Something.
-    interpolation, antialias: as `apply_view` takes them.
-    """
-
-    def __init__(self, *, size: int, flip: float, interpolation: str = "bilinear", antialias: bool = True):
-        self.size = size
-        self.flip = flip
-        self.interpolation = interpolation
-        self.antialias = antialias
-
-    def draw(self, width: int, height: int, rng: np.random.Generator) -> View:
-        """The view for one clip of `width` x `height` pixels."""
-        raise NotImplementedError
-
-    def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
-        """uint8 (T,C,H,W) -> uint8 (T,C,size,size); the same view of every frame."""
-        height, width = clip.shape[-2:]
-        view = self.draw(width, height, rng)
-        return apply_view(clip, view, self.size, interpolation=self.interpolation, antialias=self.antialias)
-
-
-class MultiScaleCrop(RandomView):
-    """Multi-scale crop of the published AdaMAE and VideoMAE pre-training (from Temporal Segment Networks).
-
-    One of ten nearly square sizes at one of thirteen places, all equally likely. The published code never
-    mirrors, hence flip 0.
-    """
-
-    def __init__(self, *, size: int, flip: float = 0.0, interpolation: str = "bilinear"):
-        super().__init__(size=size, flip=flip, interpolation=interpolation)
-
-    def draw(self, width: int, height: int, rng: np.random.Generator) -> View:
-        sizes = multi_scale_sizes(width, height, self.size)
-        w, h = sizes[rng.integers(len(sizes))]
-        places = multi_scale_offsets(width, height, w, h)
-        x, y = places[rng.integers(len(places))]
-        return View(x, y, w, h, flip=bool(rng.random() < self.flip))
-
-
-def multi_scale_sizes(width: int, height: int, size: int) -> list[tuple[int, int]]:
-    """The ten candidate crops (w,h) of a frame: its short side times two neighbouring scales.
-
-    A crop never exceeds the frame (the published code would snap 223 pixels to 224 and pad with black).
-    """
-    short = min(width, height)
-    edges = [max(1, int(short * scale)) for scale in MULTI_SCALES]
-    edges = [size if abs(edge - size) <= MULTI_SCALE_SNAP else edge for edge in edges]
-    return [
-        (min(w, width), min(h, height))
-        for i, h in enumerate(edges)
-        for j, w in enumerate(edges)
-        if abs(i - j) <= 1
-    ]
-
-
-def multi_scale_offsets(width: int, height: int, w: int, h: int) -> list[tuple[int, int]]:
-    """The thirteen places (x,y) of a crop of w x h pixels in a frame of width x height."""
-    step_x, step_y = (width - w) // 4, (height - h) // 4
-    return [(x * step_x, y * step_y) for x, y in MULTI_SCALE_PLACES]
-
-
-class RandomResizedCrop(RandomView):
-    """Random area, aspect and place, and a mirror image half the time, as MAE-ST pre-trains.
-
-    With a scale of 0.08 to 1 and no antialias it is the crop of fine-tuning.
-    scale: range of the area as a fraction of the frame, uniform. ratio: range of width/height, log-uniform.
-    """
-
-    def __init__(
-        self,
-        *,
-        size: int,
-        scale: tuple[float, float] = (0.5, 1.0),
-        ratio: tuple[float, float] = (0.75, 1.3333),
-        flip: float = 0.5,
-        interpolation: str = "bilinear",
-        antialias: bool = True,
-    ):
-        super().__init__(size=size, flip=flip, interpolation=interpolation, antialias=antialias)
-        self.scale = scale
-        self.ratio = ratio
-
-    def draw(self, width: int, height: int, rng: np.random.Generator) -> View:
-        box = self._draw_box(width, height, rng)
-        return View(*box, flip=bool(rng.random() < self.flip))
-
-    def _draw_box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        for _ in range(10):
-            area = width * height * rng.uniform(*self.scale)
-            aspect = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
-            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if 0 < w <= width and 0 < h <= height:
-                return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
-        return self._central_box(width, height)
-
-    def _central_box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """The largest central box whose aspect is allowed: for frames so long that ten draws all failed."""
-        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
-        w = max(1, min(width, round(height * aspect)))
-        h = max(1, min(height, round(width / aspect)))
-        return (width - w) // 2, (height - h) // 2, w, h
-
-
-class EvenCrops:
-    """The crops of a test: short side resized, then squares evenly spaced along the long side.
-
-    short_side: pixels of the frame's short side after the resize, which is OpenCV's bilinear one to within a
-    grey level. size: of the crops, at most short_side (the published code takes short_side for both).
-    num_crops: 1 is the centre, also of the published validation.
-    round_up: MAE-ST rounds the places of the crops up, AdaMAE and VideoMAE down.
-    Raises ValueError for a short side below the size of the crops.
-    """
-
-    def __init__(self, *, short_side: int, size: int, num_crops: int = 1, round_up: bool = False):
-        if short_side < size:
-            raise ValueError(f"--short_side_size {short_side} is less than --input_size {size}")
-        self.short_side = short_side
-        self.size = size
-        self.num_crops = num_crops
-        self.round_up = round_up
-
-    def resized_shape(self, height: int, width: int) -> tuple[int, int]:
-        """(H,W) of a frame after the resize; the long side is rounded down."""
-        short = min(height, width)
-        return self.short_side * height // short, self.short_side * width // short
-
-    def corners(self, height: int, width: int) -> list[tuple[int, int]]:
-        """(top,left) of each crop of a resized frame, along its long side."""
-        rooms = (height - self.size, width - self.size)
-        middle = [math.ceil(room / 2) if self.round_up else round(room / 2) for room in rooms]
-        if self.num_crops == 1:
-            return [tuple(middle)]
-        long = int(width > height)
-        gaps = self.num_crops - 1
-        steps = [k * rooms[long] for k in range(self.num_crops)]
-        places = [-(-step // gaps) if self.round_up else step // gaps for step in steps]
-        return [(middle[0], place) if long else (place, middle[1]) for place in places]
-
-    def __call__(self, clip: Tensor) -> Tensor:
-        """uint8 (T,C,H,W) -> uint8 (num_crops,T,C,size,size)."""
-        clip = resize(clip, *self.resized_shape(*clip.shape[-2:]), antialias=False)
-        corners = self.corners(*clip.shape[-2:])
-        return torch.stack([clip[..., y : y + self.size, x : x + self.size] for y, x in corners])
-
-
-class ColorJitter:
-    """Brightness, contrast and saturation times a factor each, uniform in 1 - strength ... 1 + strength."""
-
-    def __init__(self, *, strength: float):
-        self.strength = strength
-
-    def draw(self, rng: np.random.Generator) -> tuple[float, float, float]:
-        """The factors of brightness, contrast and saturation for one clip."""
-        return tuple(rng.uniform(max(0.0, 1 - self.strength), 1 + self.strength, size=3).tolist())
-
-    def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
-        """uint8 (T,C,H,W) -> the same shape; the same factors for every frame."""
-        brightness, contrast, saturation = self.draw(rng)
-        clip = F.adjust_brightness(clip, brightness)
-        clip = F.adjust_contrast(clip, contrast)
-        return F.adjust_saturation(clip, saturation)
-
-
-class Chain:
-    """Transforms one after the other, all drawing from the same generator."""
-
-    def __init__(self, *, transforms: Sequence[ClipTransform]):
-        self.transforms = transforms
-
-    def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
-        for transform in self.transforms:
-            clip = transform(clip, rng)
-        return clip
-
-
-def build_pretrain_transform(
-    crop: str,
-    *,
-    size: int,
-    scale: tuple[float, float] = (0.5, 1.0),
-    ratio: tuple[float, float] = (0.75, 1.3333),
-    flip: float | None = None,
-    interpolation: str = "bilinear",
-    color_jitter: float = 0.0,
-) -> ClipTransform:
-    """The pre-training transform of a name: "multi_scale" or "random_resized".
-
-    scale and ratio are those of `RandomResizedCrop` and say nothing to "multi_scale". flip None means what
-    the published code of each does: never for "multi_scale", half the time for "random_resized".
-    Raises ValueError for another name.
-    """
-    settings = {"size": size, "interpolation": interpolation}
-    if flip is not None:
-        settings["flip"] = flip
-    if crop == "multi_scale":
-        view = MultiScaleCrop(**settings)
-    elif crop == "random_resized":
-        view = RandomResizedCrop(scale=scale, ratio=ratio, **settings)
-    else:
-        raise ValueError(f'unknown crop "{crop}": choose "multi_scale" or "random_resized"')
-    if color_jitter == 0:
-        return view
-    return Chain(transforms=(view, ColorJitter(strength=color_jitter)))
 
 
 def to_pixels(clips: Tensor) -> Tensor:
@@ -298,3 +40,92 @@ def normalize(
     if not len(mean) == len(std) == channels:
         raise ValueError(f"clips of {channels} channels, but {len(mean)} means and {len(std)} deviations")
     return torch.stack([(x - m) / s for x, m, s in zip(pixels.unbind(1), mean, std)], dim=1)
+
+
+# --- of a batch, on the device ------------------------------------------------------------------------------
+# timm's work on images (B,C,H,W) is right for clips whose frames are folded into the channels, (B,C*T,H,W).
+# On five axes its CutMix would cut time x height.
+
+
+class ClipErasing:
+    """Random erasing (Zhong et al., 2020): in some clips a box, the same in every frame, becomes noise.
+
+    prob: share of clips. mode: "pixel" fills with N(0,1) noise, "rand" with one colour a frame, "const" with
+    0, which is the mean. count: up to so many boxes a clip, together as large as one; above 1 the first
+    T // count frames stay clean, as published.
+    Raises ValueError for another mode.
+    """
+
+    def __init__(self, *, prob: float = 0.25, mode: str = "pixel", count: int = 1):
+        if mode not in ("pixel", "rand", "const"):
+            raise ValueError(f'--remode {mode}: choose "pixel", "rand" or "const"')
+        self.count = count
+        self.erasing = RandomErasing(prob, mode=mode, max_count=count)
+
+    def __call__(self, clips: Tensor, rng: np.random.Generator) -> Tensor:
+        """Normalised float (B,C,T,H,W) -> the same shape; `clips` itself may change.
+
+        `rng` decides the boxes, torch's generator of the device the noise.
+        """
+        num_frames = clips.shape[2]
+        clean = clips[:, :, : num_frames // self.count if self.count > 1 else 0].clone()
+        self.erasing.device = clips.device
+        with global_draws(draw_seed(rng)):
+            folded = self.erasing(clips.flatten(1, 2))  # B (C T) H W
+        clips = folded.unflatten(1, clips.shape[1:3])  # B C T H W
+        clips[:, :, : clean.shape[2]] = clean
+        return clips
+
+
+class ClipMixup:
+    """Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019) of a batch with its reverse, and soft targets.
+
+    mixup, cutmix: alpha of the Beta distribution that the clip's own weight comes from; 0 switches one off.
+        With both off there are only soft targets, so that one criterion does for all.
+    cutmix_minmax: smallest and largest side of the box as a fraction, instead of one from the weight.
+    prob: of doing anything. switch_prob: of CutMix where both are on.
+    mode: one draw for the "batch", for each "pair" or for each clip ("elem").
+    smoothing: label smoothing, s/K for a wrong class and 1 - s + s/K for the right one.
+    Raises ValueError for another mode.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        mixup: float = 0.8,
+        cutmix: float = 1.0,
+        cutmix_minmax: Sequence[float] | None = None,
+        prob: float = 1.0,
+        switch_prob: float = 0.5,
+        mode: str = "batch",
+        smoothing: float = 0.1,
+    ):
+        if mode not in ("batch", "pair", "elem"):
+            raise ValueError(f'--mixup_mode {mode}: choose "batch", "pair" or "elem"')
+        self.mixup = Mixup(
+            mixup_alpha=mixup,
+            cutmix_alpha=cutmix,
+            cutmix_minmax=cutmix_minmax,
+            prob=prob,
+            switch_prob=switch_prob,
+            mode=mode,
+            label_smoothing=smoothing,
+            num_classes=num_classes,
+        )
+        self.mixup.mixup_enabled = mixup > 0 or cutmix > 0 or cutmix_minmax is not None
+
+    def __call__(self, clips: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """float (B,C,T,H,W), int64 (B,) -> clips of the same shape, targets float (B,K); `clips` may change.
+
+        The same box is cut from every frame, and its area is what the other label weighs.
+        """
+        odd, middle = len(clips) % 2, len(clips) // 2
+        if odd:  # timm wants an even number: the middle clip meets its own copy, all others meet as ever
+            clips, labels = (torch.cat([x[: middle + 1], x[middle:]]) for x in (clips, labels))
+        with global_draws(draw_seed(rng)):
+            folded, targets = self.mixup(clips.flatten(1, 2), labels)  # B (C T) H W and B K
+        clips = folded.unflatten(1, clips.shape[1:3])  # B C T H W
+        if odd:
+            clips, targets = (torch.cat([x[:middle], x[middle + 1 :]]) for x in (clips, targets))
+        return clips, targets

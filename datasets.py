@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from augment import ClipTransform, EvenCrops
-from frame_indices import (
+from clips.frame_indices import (
     dense_clip,
     dense_views,
     mae_st_clip,
@@ -24,9 +23,10 @@ from frame_indices import (
     segment_clip,
     segment_views,
 )
-from isolation import Isolated
-from lists import VideoList
-from video import Video, VideoError, open_video
+from clips.isolation import Isolated
+from clips.lists import VideoList
+from clips.transforms import ClipTransform, EvenCrops
+from clips.video import Video, VideoError, open_video
 
 # --- the table of data sets ---------------------------------------------------------------------------------
 

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import watchdog
-from augment import normalize, to_pixels
-from augment_finetune import ClipErasing, ClipMixup
+from augment import ClipErasing, ClipMixup, normalize, to_pixels
 from evaluation import Scores, fuse_views, merge_ranks
-from logs import Console, Progress
 from optim import Engine
-from utils import seed_all, sum_over_ranks, wait_for_all
+from runs import watchdog
+from runs.logs import Console, Progress
+from runs.processes import wait_for_all
+from utils import seed_all, sum_over_ranks
 
 Normalization = tuple[Sequence[float], Sequence[float]]  # channel means and deviations of the model's input
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from augment import normalize, to_pixels
-from logs import Progress
 from modeling_pretrain import PretrainOutput
 from optim import Engine
+from runs.logs import Progress
 from targets import reconstruction_error, reconstruction_targets, sampling_loss
 from utils import World, seed_all
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lists import VideoList
+from clips.lists import VideoList
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

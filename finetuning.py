@@ -12,18 +12,18 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from augment_finetune import ClipErasing, ClipMixup
-from checkpoint import read_checkpoint
+from augment import ClipErasing, ClipMixup
 from datasets import DataSet
 from engine_for_finetuning import finetune_one_epoch, score_views, validate
 from evaluation import accuracies, is_finite, write_results
-from flags import build_schedule
-from logs import Console, Progress, RunLog
 from optim import Engine
-from saving import Checkpoints, Start
-from stopping import SAVED, Stopped, StopSignals
-from tested import BEST, check_same_on_all_ranks, load_tested
+from runs.checkpoints import read_checkpoint
+from runs.flags import build_schedule
+from runs.logs import Console, Progress, RunLog
+from runs.resuming import Checkpoints, Start
+from runs.signals import SAVED, Stopped, StopSignals
 from utils import World, sum_over_ranks
+from weights.tested import BEST, check_same_on_all_ranks, load_tested
 
 NO_BEST = {"top1": -1.0}
 

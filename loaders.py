@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from augment import ClipTransform, EvenCrops
+from clips.isolation import outlive_signals
+from clips.lists import VideoList
+from clips.transforms import ClipTransform, EvenCrops
 from datasets import DataSet, EvalDataset, FinetuneDataset, PretrainDataset, TrainDataset
-from isolation import outlive_signals
-from lists import VideoList
 
 # --- samplers -----------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from bad_steps import BadSteps
+from runs.bad_steps import BadSteps
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: float | None = None) -> list[dict]:

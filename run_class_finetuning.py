@@ -9,17 +9,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from augment import COLOUR_STATISTICS
-from augment_finetune import build_finetune_transform
-from bad_steps import BadBatches
-from bad_videos import BadVideos
-from checkpoint import load_weights
+from clips.finetune_transforms import build_finetune_transform
+from clips.lists import VideoList, check_readable, read_labels, read_splits
 from datasets import DATA_SETS, FRAME_RULES, DataSet, resolve_data_set
 from evaluation import FUSIONS
 from finetuning import NO_BEST, Run, steps_per_epoch, test, train
-from flags import ON_OFF, build_engine, check_common, common_parser, describe
-from lists import VideoList, check_readable, read_labels, read_splits
 from loaders import build_finetuning_loaders
-from logs import Console, RunLog
 from modeling_finetune import (
     CLASSIFIER_POSITIONS,
     CLASSIFIERS,
@@ -28,12 +23,23 @@ from modeling_finetune import (
     token_grid,
 )
 from probes import make_probe
-from program import run_program
-from saving import Checkpoints, resume
-from stopping import StopSignals, Votes
-from tested import check_tested, find_tested
-from utils import World, seed_all, start_world
-from weights import load_classifier_weights
+from runs.checkpoints import load_weights
+from runs.flags import (
+    ON_OFF,
+    build_books,
+    build_engine,
+    check_common,
+    common_parser,
+    describe,
+    join_processes,
+)
+from runs.logs import Console, RunLog
+from runs.program import run_program
+from runs.resuming import build_checkpoints, resume
+from runs.signals import StopSignals
+from utils import World, seed_all
+from weights.classifier import load_classifier_weights
+from weights.tested import check_tested, find_tested
 
 
 # fmt: off
@@ -213,14 +219,7 @@ def warn_of_empty_classes(args: argparse.Namespace, lists: dict[str, VideoList],
 def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack) -> Run:
     """Checks the settings and builds everything. Raises ValueError or CheckpointError."""
     model_settings, data_set, lists, class_names = check_settings(args)
-    world = start_world(
-        args.device,
-        args.dist_url,
-        args.world_size,
-        local_rank=args.local_rank,
-        itp=args.dist_on_itp,
-        dist_timeout=args.dist_timeout,
-    )
+    world = join_processes(args)
     for videos in lists.values():
         check_readable(videos, args.decoder, decode_timeout=args.decode_timeout)
     loaders = build_loaders(args, data_set, lists, model_settings, world)
@@ -265,29 +264,20 @@ def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack
 def prepare_training(run: Run, to_close: ExitStack) -> Run:
     """What only training needs: where it starts, its checkpoints, its books. Raises CheckpointError."""
     args, world, console, loader = run.args, run.world, run.console, run.loaders["train"]
-    votes = Votes(timeout=1.5 * args.dist_timeout)  # the watchdog speaks first
-    to_close.callback(votes.close)
     start = resume(args, run.engine, loader.sampler, run.model_settings, world=world, console=console)
-    checkpoints = Checkpoints(
-        engine=run.engine,
-        sampler=loader.sampler,
+    checkpoints = build_checkpoints(
+        args,
+        run.engine,
+        loader.sampler,
+        run.model_settings,
         output_dir=args.output_dir if args.save_ckpt else "",
-        about={"args": vars(args), "model_settings": run.model_settings},
-        minutes=args.save_ckpt_minutes,
-        keep=args.keep_ckpts,
         signals=run.signals,
-        votes=votes,
+        to_close=to_close,
         world=world,
         console=console,
     )
     read = sum(len(run.loaders[split].dataset) for split in ("train", "val") if split in run.loaders)
-    videos, files = loader.dataset.videos, {"output_dir": args.output_dir, "warn": console.warn}
-    books = {
-        "bad_videos": BadVideos(num_videos=read, limit=args.max_bad_videos, is_main=world.rank == 0, **files),
-        "bad_batches": BadBatches(videos=videos, world=world, **files),
-        "bad_steps": run.engine.bad_steps,
-        "max_bad_steps": args.max_bad_steps,
-    }
+    books = build_books(args, run.engine, loader.dataset.videos, world, console, num_read=read)
     return run._replace(start=start, checkpoints=checkpoints, books=books)
 
 

@@ -9,25 +9,33 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-import panels
-import watchdog
-from augment import COLOUR_STATISTICS, build_pretrain_transform, to_pixels
-from bad_steps import BadBatches
-from bad_videos import BadVideos
+from augment import COLOUR_STATISTICS, to_pixels
+from clips.lists import VideoList, check_readable, read_list
+from clips.transforms import build_pretrain_transform
 from engine_for_pretraining import Losses, pretrain_one_epoch
-from flags import ON_OFF, build_engine, build_schedule, check_common, common_parser, describe
-from lists import VideoList, check_readable, read_list
 from loaders import build_pretraining_loader
-from logs import Console, Progress, RunLog
 from masking_generator import ALIASES, RULES, visible_count
 from modeling_finetune import POSITIONS, parse_model_name, token_grid
 from modeling_pretrain import PRETRAIN_MODELS, create_pretrain_model
 from optim import Engine
-from program import run_program
-from saving import Checkpoints, Start, resume
-from stopping import StopSignals, Votes
+from pictures import panels
+from runs import watchdog
+from runs.flags import (
+    ON_OFF,
+    build_books,
+    build_engine,
+    build_schedule,
+    check_common,
+    common_parser,
+    describe,
+    join_processes,
+)
+from runs.logs import Console, Progress, RunLog
+from runs.program import run_program
+from runs.resuming import Checkpoints, Start, build_checkpoints, resume
+from runs.signals import StopSignals
 from targets import ERRORS
-from utils import World, seed_all, start_world
+from utils import World, seed_all
 
 
 # fmt: off
@@ -149,22 +157,13 @@ class Run(NamedTuple):
 def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack) -> Run:
     """Checks the settings and builds everything. Raises ValueError or CheckpointError."""
     model_settings, videos = check_settings(args)
-    world = start_world(
-        args.device,
-        args.dist_url,
-        args.world_size,
-        local_rank=args.local_rank,
-        itp=args.dist_on_itp,
-        dist_timeout=args.dist_timeout,
-    )
+    world = join_processes(args)
     check_readable(videos, args.decoder, decode_timeout=args.decode_timeout)
     loader = build_loader(args, videos, model_settings["input_size"], world)
     seed_all(args.seed)
     model = create_pretrain_model(**model_settings).to(world.device)
     engine = build_engine(args, model, world, watch={"sampler": model.sampler_parameters()})
     to_close.callback(engine.close)
-    votes = Votes(timeout=1.5 * args.dist_timeout)  # the watchdog speaks first
-    to_close.callback(votes.close)
     steps_per_epoch = loader.sampler.steps_per_epoch // args.update_freq
     total_batch = args.batch_size * args.update_freq * world.size
 
@@ -175,6 +174,17 @@ def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack
     text = f"{masking.mask_type} masking: {tokens}"
     console.say(describe(args, engine, world, model=text, videos=f"{len(videos)} videos"))
     start = resume(args, engine, loader.sampler, model_settings, world=world, console=console)
+    checkpoints = build_checkpoints(
+        args,
+        engine,
+        loader.sampler,
+        model_settings,
+        output_dir=args.output_dir,
+        signals=signals,
+        to_close=to_close,
+        world=world,
+        console=console,
+    )
     return Run(
         args=args,
         model_settings=model_settings,
@@ -190,30 +200,8 @@ def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack
         ),
         schedule=build_schedule(args, total_batch, steps_per_epoch),
         start=start,
-        checkpoints=Checkpoints(
-            engine=engine,
-            sampler=loader.sampler,
-            output_dir=args.output_dir,
-            about={"args": vars(args), "model_settings": model_settings},
-            minutes=args.save_ckpt_minutes,
-            keep=args.keep_ckpts,
-            signals=signals,
-            votes=votes,
-            world=world,
-            console=console,
-        ),
-        books={
-            "bad_videos": BadVideos(
-                output_dir=args.output_dir,
-                num_videos=len(videos),
-                limit=args.max_bad_videos,
-                is_main=is_main,
-                warn=console.warn,
-            ),
-            "bad_batches": BadBatches(output_dir=args.output_dir, videos=videos, world=world, warn=console.warn),
-            "bad_steps": engine.bad_steps,
-            "max_bad_steps": args.max_bad_steps,
-        },
+        checkpoints=checkpoints,
+        books=build_books(args, engine, videos, world, console, num_read=len(videos)),
         console=console,
         log=RunLog(
             output_dir=args.output_dir, log_dir=args.log_dir or args.output_dir, show=is_main, warn=console.warn

@@ -1,24 +1,23 @@
-"""Process set-up, seeding, and numbers shared between processes."""
+"""What every room uses: errors for people, processes, seeds, sums over ranks, the device, files written whole."""
 
 import os
 import random
-import re
-import socket
-import sys
-import time
-import uuid
-from collections.abc import Callable
-from datetime import timedelta
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
-import watchdog
 
-_patient: list[dist.ProcessGroup] = []  # the group of `wait_for_all`, in a distributed run
+class UserError(Exception):
+    """Something a person can correct. Programs print the message as one line, without a traceback."""
+
+
+class SettingError(UserError, ValueError):
+    """A wrong setting or input file; the message names the flag or file and says what to change."""
 
 
 class World(NamedTuple):
@@ -28,171 +27,46 @@ class World(NamedTuple):
     rank: int
     size: int
 
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes files and prints."""
+        return self.rank == 0
 
-def start_world(
-    device: str = "auto",
-    dist_url: str = "env://",
-    world_size: int = 1,
-    *,
-    local_rank: int = -1,
-    itp: bool = False,
-    dist_timeout: float = 600.0,
-) -> World:
-    """Joins the other processes of the job, if any: torchrun, srun, or one process alone.
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called `name`: "auto" (CUDA where available, else the CPU), "cuda", "cuda:1" or "cpu".
+
+    Raises:
+        SettingError: there is no such device on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a device that is not there
+        reason = str(error).splitlines()[0]
+        raise SettingError(f"--device {name} can't be used ({reason}); use --device auto or cpu") from error
+
+
+@contextmanager
+def whole_file(path: str | Path, mode: str = "wb", **settings) -> Iterator[IO]:
+    """A file to write that appears under its name, flushed to disk, only once the block has ended well.
 
     Args:
-        device: "auto" takes CUDA where there is one, else the CPU; or "cuda", "cuda:1", "cpu".
-        dist_url: where the processes meet; "env://" is at MASTER_ADDR and MASTER_PORT.
-        world_size: processes there should be; 1 leaves it to the launcher.
-        local_rank: what torch.distributed.launch passes on the command line instead of the environment.
-        itp: take the ranks from Open MPI's environment variables.
-        dist_timeout: seconds in which the processes must meet, and after which one that is dead or hangs ends
-            the run (`watchdog`).
-
-    Raises:
-        ValueError: CUDA was asked for by name and there is none, the launcher started another number of
-            processes, or they did not meet in time.
+        settings: of `open`; text is UTF-8 by default.
     """
-    if dist_timeout <= 0:
-        raise ValueError(f"--dist_timeout {dist_timeout} must be positive (seconds)")
-    if itp:
-        for theirs, ours in (("RANK", "RANK"), ("SIZE", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_RANK")):
-            os.environ[ours] = os.environ[f"OMPI_COMM_WORLD_{theirs}"]
-    if local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this machine has no CUDA device; use --device cpu or auto")
-    if "WORLD_SIZE" not in os.environ:
-        _read_slurm()
-    names = {"LOCAL_RANK": 0, "RANK": 0, "WORLD_SIZE": 1}
-    local_rank, rank, size = (int(os.environ.get(name, alone)) for name, alone in names.items())
-    if world_size not in (1, size):
-        raise ValueError(
-            f"--world_size {world_size}, but {size} processes were started: use torchrun "
-            "--nproc_per_node or srun, which tell the number by themselves"
-        )
-    if size > 1:
-        device = _join(device, dist_url, local_rank, rank, size, dist_timeout)
-    if device.startswith("cuda:"):
-        torch.cuda.set_device(device)
-    return World(torch.device(device), rank, size)
-
-
-def _join(device: str, dist_url: str, local_rank: int, rank: int, size: int, dist_timeout: float) -> str:
-    """Meets the other processes, forms the process group, and returns the device of this one."""
-    backend = "nccl" if device.startswith("cuda") else "gloo"
-    timeout = timedelta(seconds=dist_timeout)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if "b" not in mode:
+        settings = {"encoding": "utf-8", **settings}
     try:
-        store, rank, size = next(rendezvous(dist_url, rank, size, timeout=timeout))
-        store = unused_part(store, rank, size, dist_timeout)
-        # The watchdog knows more than a collective that times out, so it comes first.
-        watchdog.watch(store, rank=rank, size=size, timeout=dist_timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=1.5 * timeout)
-        _patient.append(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
-    except dist.DistError as error:
-        where = (
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if "env" in dist_url else dist_url
-        )
-        raise ValueError(
-            f"rank {rank} on host {socket.gethostname()}: {size} processes did not meet at {where} within "
-            f"--dist_timeout {dist_timeout:g} seconds: {str(error).splitlines()[0]}"
-        ) from error
-    if backend == "gloo":
-        return device
-    return f"cuda:{local_rank if torch.cuda.device_count() > 1 else 0}"  # srun may show each task its own GPU only
-
-
-def unused_part(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
-    """A part of the store that no earlier processes have written to; all ranks get the same.
-
-    torchrun keeps one store over its restarts (and counts these differently on each machine), so that addresses
-    of processes that are gone would be taken for those of their successors. So rank 0 draws a name, and tells
-    it to every rank that asks with a word of its own, until all have confirmed it.
-
-    Raises:
-        torch.distributed.DistStoreError: not all ranks came within `timeout` seconds.
-    """
-    end = time.monotonic() + timeout
-
-    def read(key: str) -> list[str]:
-        return store.get(key).decode().split() if store.check([key]) else []
-
-    def wait_until(done: Callable[[], bool]) -> None:
-        while not done():
-            if time.monotonic() > end:
-                raise dist.DistStoreError("not all processes came")
-            time.sleep(0.02)
-
-    def answer_all() -> bool:
-        for r in list(missing):
-            for word in read(f"ask/{r}"):
-                store.set(f"answer/{r}", f"{word} {name}")
-            if read(f"got/{r}") == [name]:
-                missing.remove(r)
-        return not missing
-
-    if rank == 0:
-        name, missing = uuid.uuid4().hex, list(range(1, size))
-        wait_until(answer_all)
-    else:
-        word = uuid.uuid4().hex
-        store.set(f"ask/{rank}", word)
-        wait_until(lambda: read(f"answer/{rank}")[:1] == [word])
-        name = read(f"answer/{rank}")[1]
-        store.set(f"got/{rank}", name)
-    return dist.PrefixStore(name, store)
-
-
-def _read_slurm() -> None:
-    """The meeting point and the ranks of a step of srun, as torchrun gives them.
-
-    Outside a step, in the job's script, the number of tasks is that of steps to come.
-    """
-    if "SLURM_STEP_ID" not in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) == 1:
-        return
-    job, step = int(os.environ.get("SLURM_JOB_ID", 0)), int(os.environ["SLURM_STEP_ID"])
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "localhost")
-    os.environ.setdefault("MASTER_ADDR", first_slurm_host(nodes))
-    os.environ.setdefault("MASTER_PORT", str(20000 + (job + 1000 * step) % 20000))
-    for theirs, ours in (("PROCID", "RANK"), ("NTASKS", "WORLD_SIZE"), ("LOCALID", "LOCAL_RANK")):
-        os.environ[ours] = os.environ[f"SLURM_{theirs}"]
-
-
-def first_slurm_host(nodes: str) -> str:
-    """The first host of SLURM's short form of a list: "node[01-04,07],x9" -> "node01"."""
-    first = re.match(r"([^\[,]|\[[^\]]*\])*", nodes)[0]  # up to the first comma outside brackets
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
-
-
-def stop_world() -> None:
-    """Leaves the process group, if there is one. To be called in a `finally`.
-
-    An exception on its way makes this rank and its host be named, and the other ranks leave too. A `SystemExit`
-    with a number is a good end.
-    """
-    error = sys.exc_info()[1]
-    if isinstance(error, SystemExit):
-        error = (error.__cause__ or error) if isinstance(error.code, str) else None
-    watchdog.unwatch(error)
-    _patient.clear()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def wait_for_all(where: str) -> None:
-    """Waits for the other ranks, for as long as they give signs of life: after loops of different lengths.
-
-    Every rank must call it. `where` is for the watchdog.
-    """
-    if not _patient:
-        return
-    work = dist.barrier(group=_patient[0], async_op=True)
-    while not work.is_completed():
-        watchdog.tick(f"{where}, waiting for the others")
-        time.sleep(0.05)
-    work.wait()
+        with temporary.open(mode, **settings) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def seed_all(*words: int) -> None:

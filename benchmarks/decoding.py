@@ -23,11 +23,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from augment import build_pretrain_transform
+from clips.frame_indices import pretrain_clip
+from clips.lists import read_list
+from clips.transforms import build_pretrain_transform
+from clips.video import DECODERS, open_video, resolve_decoder
 from datasets import PretrainDataset
-from frame_indices import pretrain_clip
-from lists import read_list
-from video import DECODERS, open_video, resolve_decoder
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "prepare_videos.py"
 FPS, CLIP, STRIDE = 30, 16, 4

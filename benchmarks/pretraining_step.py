@@ -25,9 +25,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from augment import IMAGENET_MEAN, IMAGENET_STD, normalize, to_pixels
 from engine_for_pretraining import Losses
-from logs import memory_gib
 from modeling_pretrain import create_pretrain_model
 from optim import Engine, create_optimizer, resolve_amp
+from runs.logs import memory_gib
 from targets import patchify
 
 MODEL = "pretrain_videomae_base_patch16_224"

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import videos
 
-from isolation import Isolated
-from video import VideoError, open_video
+from clips.isolation import Isolated
+from clips.video import VideoError, open_video
 
 NUM_FRAMES, SIZE = 24, (48, 64)
 TIMEOUT = 10.0  # seconds for one file that is read in some ten milliseconds

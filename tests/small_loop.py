@@ -7,8 +7,8 @@ import time
 import torch
 import torch.distributed as dist
 
-import watchdog
-from utils import start_world, stop_world
+from runs import watchdog
+from runs.processes import start_world, stop_world
 
 TIMEOUT = 4.0
 

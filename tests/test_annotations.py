@@ -5,7 +5,8 @@ from pathlib import PurePath
 
 import pytest
 
-from annotations import (
+from clips.lists import NO_LABEL, parse_line, read_list, read_splits
+from tools.preparing.annotations import (
     READERS,
     AnnotationError,
     Annotations,
@@ -17,7 +18,6 @@ from annotations import (
     read_class_folders,
     write_lists,
 )
-from lists import NO_LABEL, parse_line, read_list, read_splits
 
 
 def read(data_set, folder, *, split=1, official_test=False):

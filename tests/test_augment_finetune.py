@@ -9,15 +9,10 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch.nn.functional import cross_entropy
 
-from augment import Chain, RandomResizedCrop
-from augment_finetune import (
-    ClipErasing,
-    ClipMixup,
-    RandAugment,
-    build_finetune_transform,
-    draw_seed,
-    global_draws,
-)
+from augment import ClipErasing, ClipMixup
+from clips.draws import draw_seed, global_draws
+from clips.finetune_transforms import RandAugment, build_finetune_transform
+from clips.transforms import Chain, RandomResizedCrop
 
 POLICY = "rand-m7-n4-mstd0.5-inc1"
 LEVELS = golden.table("randaugment_levels")

@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from bad_steps import BadBatches
-from lists import read_list
+from clips.lists import read_list
 from optim import Engine, create_optimizer
+from runs.bad_steps import BadBatches
 from utils import World
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bad_videos import BadVideos, TooManyBadVideos, read_bad_videos
+from runs.bad_videos import BadVideos, TooManyBadVideos, read_bad_videos
 
 GONE = ("videos/gone.mp4", "FileNotFoundError: no such file")
 ODD = ('odd "name",\n of a vidéo.mp4', "is empty (0 bytes)")

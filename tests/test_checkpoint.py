@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import (
+from modeling_pretrain import create_pretrain_model
+from runs.checkpoints import (
     CheckpointError,
     check_resumable,
     epoch_checkpoints,
@@ -22,7 +23,6 @@ from checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from modeling_pretrain import create_pretrain_model
 
 TINY = "pretrain_videomae_tiny_patch8_64"
 

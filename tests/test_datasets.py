@@ -9,11 +9,11 @@ import torch
 from videos import BROKEN, KINDS, read_numbers, write_broken, write_kind, write_video
 
 import datasets
-from augment import build_pretrain_transform
+from clips.lists import ListError, check_readable, parse_line, read_list
+from clips.transforms import build_pretrain_transform
+from clips.video import DECODERS, VideoError, resolve_decoder
 from datasets import NoReadableVideoError, PretrainDataset
-from lists import ListError, check_readable, parse_line, read_list
 from loaders import EpochSampler, build_pretraining_loader, build_training_loader
-from video import DECODERS, VideoError, resolve_decoder
 
 FRAMES, RATE = 4, 3  # a clip spans 12 of the 30 frames
 TRANSFORM = build_pretrain_transform("random_resized", size=16)

@@ -11,12 +11,12 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from checkpoint import read_checkpoint, save_checkpoint
-from deepspeed_engine import DeepSpeedEngine
 from modeling_finetune import Size, VisionTransformer
 from modeling_pretrain import PretrainVisionTransformer
 from optim import Engine, create_optimizer
 from probes import make_probe
+from runs.checkpoints import read_checkpoint, save_checkpoint
+from runs.deepspeed_engine import DeepSpeedEngine
 from utils import seed_all
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from checkpoint import save_checkpoint
+from clips.lists import read_list
 from evaluation import Scores, write_results
-from lists import read_list
+from runs.checkpoints import save_checkpoint
 from tools import demo_table
 
 NAMES = ["left", "right", "up"]

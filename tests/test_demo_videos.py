@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lists import read_list
+from clips.lists import read_list
+from clips.video import open_video
 from tools import make_demo_videos as demo
-from video import open_video
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,8 +18,8 @@ from small_loop import TIMEOUT, small_loop
 from test_run_pretraining import SMALL_RUN
 from videos import write_video
 
-from utils import first_slurm_host, start_world
-from watchdog import Fault, Peer, Sign, find_gone, find_hung
+from runs.processes import first_slurm_host, start_world
+from runs.watchdog import Fault, Peer, Sign, find_gone, find_hung
 
 HOST = socket.gethostname()
 

@@ -13,15 +13,16 @@ from programs import Done, start, start_process
 from safetensors import safe_open
 from videos import read_numbers, write_damaged, write_video
 
-from augment import EvenCrops, normalize, to_pixels
-from checkpoint import save_checkpoint
-from frame_indices import dense_views
-from inference import ClipSettings
+from augment import normalize, to_pixels
+from clips.frame_indices import dense_views
+from clips.transforms import EvenCrops
+from clips.video import open_video
 from modeling_finetune import Size, VisionTransformer, create_classifier
 from modeling_pretrain import create_pretrain_model
 from probes import make_probe
-from video import open_video
-from weights import load_classifier
+from runs.checkpoints import save_checkpoint
+from tools.inference.trained import ClipSettings
+from weights.classifier import load_classifier
 
 PROGRAM = "tools/extract_features.py"
 spec = importlib.util.spec_from_file_location("extract_features", ROOT / PROGRAM)

@@ -8,11 +8,11 @@ from golden import needs_golden
 from videos import read_numbers, write_video
 
 import datasets
-from augment import EvenCrops
-from augment_finetune import build_finetune_transform
+from clips.finetune_transforms import build_finetune_transform
+from clips.frame_indices import dense_views, segment_views
+from clips.lists import ListError, check_labels, read_list, read_splits
+from clips.transforms import EvenCrops
 from datasets import DATA_SETS, FRAME_RULES, EvalDataset, FinetuneDataset, resolve_data_set
-from frame_indices import dense_views, segment_views
-from lists import ListError, check_labels, read_list, read_splits
 from loaders import EvalSampler, build_finetuning_loaders
 
 FRAMES, RATE = 4, 3  # a clip spans 12 of the 30 frames

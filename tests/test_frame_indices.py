@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from golden import needs_golden, table
 
-import frame_indices
+from clips import frame_indices
 
 TABLES = table("frame_index_tables")
 

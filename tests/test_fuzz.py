@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from video import DECODERS, resolve_decoder
+from clips.video import DECODERS, resolve_decoder
 
 PROGRAM = Path(__file__).with_name("fuzz.py")
 NUM_MUTATIONS, PARTS = 360, 3  # 72 mutations show every way to damage every sort of file

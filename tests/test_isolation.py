@@ -14,9 +14,9 @@ import pytest
 import torch
 from golden import ROOT
 
-import isolation
-from isolation import ChildTraceback, Isolated
-from video import VideoError
+from clips import isolation
+from clips.isolation import ChildTraceback, Isolated
+from clips.video import VideoError
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system has no /proc")
 
@@ -237,7 +237,7 @@ PROGRAM = """
 import os, signal, sys, time
 import torch
 from torch.utils.data import DataLoader, Dataset, _utils
-from isolation import Isolated, outlive_signals
+from clips.isolation import Isolated, outlive_signals
 
 class Videos(Dataset):
     def __init__(self):

@@ -12,14 +12,14 @@ from programs import Done, start, start_process
 from videos import write_video
 
 from augment import COLOUR_STATISTICS
-from checkpoint import load_weights, save_checkpoint
-from frame_indices import dense_views, mae_st_views, segment_views
-from inference import encoder_of, find_videos, trained_clips
+from clips.frame_indices import dense_views, mae_st_views, segment_views
+from clips.video import open_video
 from modeling_finetune import create_classifier
 from modeling_pretrain import create_pretrain_model
 from probes import make_probe
-from video import open_video
-from weights import load_classifier
+from runs.checkpoints import load_weights, save_checkpoint
+from tools.inference.trained import encoder_of, find_videos, trained_clips
+from weights.classifier import load_classifier
 
 PROGRAM = "tools/predict.py"
 spec = importlib.util.spec_from_file_location("predict", ROOT / PROGRAM)

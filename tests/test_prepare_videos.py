@@ -17,8 +17,9 @@ from golden import ROOT
 from programs import start
 from videos import read_numbers, write_audio, write_cut, write_damaged, write_trimmed, write_video
 
-from lists import read_list, read_splits
-from transcode import (
+from clips.lists import read_list, read_splits
+from clips.video import VideoError, index_video, open_video
+from tools.preparing.transcode import (
     ABANDONED,
     Encoding,
     Job,
@@ -29,8 +30,7 @@ from transcode import (
     sweep,
     target_names,
 )
-from video import VideoError, index_video, open_video
-from workers import Failure, run_tasks
+from tools.preparing.workers import Failure, run_tasks
 
 tool = importlib.import_module("tools.prepare_videos")
 SMALL = ("--short_side", 48, "--workers", 1)

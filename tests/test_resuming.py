@@ -19,10 +19,10 @@ from videos import write_video
 import finetuning
 import run_class_finetuning
 import run_mae_pretraining
-import saving
-from checkpoint import LAST, newest_checkpoint
-from logs import Console, RunLog
-from stopping import SAVED
+from runs import resuming as saving
+from runs.checkpoints import LAST, newest_checkpoint
+from runs.logs import Console, RunLog
+from runs.signals import SAVED
 
 STEPS = 4  # an epoch
 COMMON = [

@@ -10,8 +10,6 @@ import torch
 from programs import Done, start
 from videos import write_video
 
-import tested
-from checkpoint import CheckpointError
 from engine_for_finetuning import validate
 from evaluation import Scores, accuracies, confusion_matrix, fuse_views
 from finetuning import keep_best
@@ -19,6 +17,8 @@ from modeling_finetune import create_classifier
 from modeling_pretrain import create_pretrain_model
 from probes import make_probe
 from run_class_finetuning import main
+from runs.checkpoints import CheckpointError
+from weights import tested
 
 RUN = [
     *("--model", "vit_tiny_patch8_64", "--input_size", "32", "--num_frames", "4", "--data_set", "custom"),

@@ -12,9 +12,9 @@ from golden import ROOT
 from programs import Done, start, start_process
 from videos import write_video
 
-from flags import AT_LEAST_ONE, AT_LEAST_ZERO
 from modeling_pretrain import create_pretrain_model
 from run_class_finetuning import get_args_parser, main
+from runs.flags import AT_LEAST_ONE, AT_LEAST_ZERO
 
 PROGRAM = "run_class_finetuning.py"
 SMALL_RUN = [

@@ -9,9 +9,9 @@ from golden import ROOT
 from programs import Done, start, start_process
 from videos import write_video
 
-from flags import AT_LEAST_ONE, AT_LEAST_ZERO, build_engine, build_schedule
 from modeling_pretrain import create_pretrain_model
 from run_mae_pretraining import check_settings, get_args_parser, main
+from runs.flags import AT_LEAST_ONE, AT_LEAST_ZERO, build_engine, build_schedule
 from utils import World
 
 PROGRAM = "run_mae_pretraining.py"

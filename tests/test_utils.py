@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from logs import Console, Meters, readable_time
-from utils import World, seed_all, start_world, unused_part
+from runs.logs import Console, Meters, readable_time
+from runs.processes import start_world, unused_part
+from utils import World, seed_all
 
 CPU = torch.device("cpu")
 

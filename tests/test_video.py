@@ -9,8 +9,8 @@ import torch
 import videos
 from videos import BROKEN, KINDS, STEPS
 
-import video
-from video import DECODERS, VideoError, open_video, resolve_decoder
+from clips import video
+from clips.video import DECODERS, VideoError, open_video, resolve_decoder
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from videos import read_numbers, write_video
 
-import panels
 from augment import normalize, to_pixels
-from checkpoint import save_checkpoint
+from clips.video import open_video
 from masking_generator import visible_count
 from modeling_pretrain import create_pretrain_model
+from pictures import panels
+from runs.checkpoints import save_checkpoint
 from targets import patchify, reconstruction_targets, unpatchify
-from video import open_video
 
 PROGRAM = Path(__file__).resolve().parent.parent / "tools" / "visualize.py"
 spec = importlib.util.spec_from_file_location("visualize", PROGRAM)

@@ -7,11 +7,11 @@ import torch
 from golden import cases, manifest, needs_golden, tensors, under
 from safetensors.torch import save_file
 
-from checkpoint import CheckpointError, Weights, recognise, save_checkpoint
 from modeling_finetune import CLASSIFIERS, TUBELET, Size, VisionTransformer, create_classifier
 from modeling_pretrain import create_pretrain_model
 from probes import make_probe
-from weights import (
+from runs.checkpoints import CheckpointError, Weights, recognise, save_checkpoint
+from weights.classifier import (
     classifier_settings,
     group_names,
     load_classifier,

@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from augment import normalize, to_pixels
-from checkpoint import epoch_checkpoints, load_pretrain_model, read_checkpoint
-from frame_indices import pretrain_indices
-from lists import read_list
+from clips.frame_indices import pretrain_indices
+from clips.lists import read_list
+from clips.video import open_video
 from masking_generator import MaskingGenerator
+from runs.checkpoints import epoch_checkpoints, load_pretrain_model, read_checkpoint
 from targets import reconstruction_error, reconstruction_targets
-from video import open_video
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

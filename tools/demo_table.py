@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import epoch_checkpoints, read_checkpoint
+from runs.checkpoints import epoch_checkpoints, read_checkpoint
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -48,10 +48,18 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
-from checkpoint import CheckpointError
+from clips.video import Video, VideoError, open_video
 from datasets import FRAME_RULES
-from inference import ClipSettings, Trained, check_flags, encoder_of, find_videos, inference_parser, load_trained
-from video import Video, VideoError, open_video
+from runs.checkpoints import CheckpointError
+from tools.inference.trained import (
+    ClipSettings,
+    Trained,
+    check_flags,
+    encoder_of,
+    find_videos,
+    inference_parser,
+    load_trained,
+)
 
 POOLS = ("mean", "frame", "tokens")
 FRAME_BYTES = 2**28  # frames of one video held at a time, before they are cropped

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoint import CheckpointError, newest_checkpoint, read_checkpoint
+from runs.checkpoints import CheckpointError, newest_checkpoint, read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, BATCH, VIDEOS = 30, 4, 48

@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
-from checkpoint import CheckpointError
+from clips.lists import NO_LABEL, VideoList, read_labels
 from datasets import EvalDataset
 from evaluation import fuse_views
-from inference import Trained, check_flags, find_videos, inference_parser, load_trained
-from lists import NO_LABEL, VideoList, read_labels
 from loaders import build_evaluation_loader
+from runs.checkpoints import CheckpointError
+from tools.inference.trained import Trained, check_flags, find_videos, inference_parser, load_trained
 
 
 # fmt: off

@@ -46,7 +46,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
-from annotations import (
+from clips.lists import SPLITS, read_list
+from clips.video import resolve_decoder
+from tools.preparing.annotations import (
     READERS,
     Found,
     find_videos,
@@ -55,11 +57,18 @@ from annotations import (
     write_lists,
     write_text,
 )
-from list_checks import Line, check_lines, check_video
-from lists import SPLITS, read_list
-from transcode import PRESETS, Encoding, Job, WritingFailed, make_video, refuse_overwriting, sweep, target_names
-from video import resolve_decoder
-from workers import BadFile, Failure, run_tasks, summarise
+from tools.preparing.list_checks import Line, check_lines, check_video
+from tools.preparing.transcode import (
+    PRESETS,
+    Encoding,
+    Job,
+    WritingFailed,
+    make_video,
+    refuse_overwriting,
+    sweep,
+    target_names,
+)
+from tools.preparing.workers import BadFile, Failure, run_tasks, summarise
 
 
 # fmt: off

@@ -26,22 +26,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
-import panels
-from augment import COLOUR_STATISTICS, View, apply_view, to_pixels
-from checkpoint import CheckpointError, load_pretrain_model, read_checkpoint
-from frame_indices import pretrain_clip
-from lists import read_list
+from augment import COLOUR_STATISTICS, to_pixels
+from clips.frame_indices import pretrain_clip
+from clips.lists import read_list
+from clips.transforms import View, apply_view
+from clips.video import VideoError, open_video, resolve_decoder
 from masking_generator import visible_count
 from modeling_finetune import TUBELET
 from modeling_pretrain import PretrainVisionTransformer
-from video import VideoError, open_video, resolve_decoder
+from pictures import panels
+from runs.checkpoints import CheckpointError, load_pretrain_model, read_checkpoint
+from tools.inference.trained import find_device
 
 
 # fmt: off
@@ -93,16 +94,6 @@ def read_training(path: str) -> Training:
         sampling_rate=flags.get("sampling_rate", 4),
         normalization=COLOUR_STATISTICS[statistics],
     )
-
-
-def find_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # an unknown name; CUDA that isn't there
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} can't be used ({reason}); use --device auto or cpu") from error
 
 
 def check_settings(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-from video import VideoError, VideoIndex, index_video, open_video
+from clips.video import VideoError, VideoIndex, index_video, open_video
 
 ABANDONED = 24 * 3600  # seconds after which no other run can still be at an unfinished file
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")

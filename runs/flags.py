@@ -8,9 +8,14 @@ from tempfile import TemporaryFile
 import torch
 from torch import nn
 
+from clips.lists import VideoList
+from clips.video import resolve_decoder
 from optim import Engine, cosine_schedule, create_optimizer, resolve_amp
+from runs.bad_steps import BadBatches
+from runs.bad_videos import BadVideos
+from runs.logs import Console
+from runs.processes import start_world
 from utils import World
-from video import resolve_decoder
 
 
 def boolean(text: str) -> bool:
@@ -155,6 +160,34 @@ def build_schedule(
     return schedule
 
 
+def join_processes(args: argparse.Namespace) -> World:
+    """Joins the job's other processes as the flags say; see `start_world`."""
+    return start_world(
+        args.device,
+        args.dist_url,
+        args.world_size,
+        local_rank=args.local_rank,
+        itp=args.dist_on_itp,
+        dist_timeout=args.dist_timeout,
+    )
+
+
+def build_books(
+    args: argparse.Namespace, engine: Engine, videos: VideoList, world: World, console: Console, *, num_read: int
+) -> dict:
+    """The books of what goes wrong, as `Progress` takes them.
+
+    videos: of training; num_read: of all videos that are read, of which some may be unreadable.
+    """
+    files = {"output_dir": args.output_dir, "warn": console.warn}
+    return {
+        "bad_videos": BadVideos(num_videos=num_read, limit=args.max_bad_videos, is_main=world.rank == 0, **files),
+        "bad_batches": BadBatches(videos=videos, world=world, **files),
+        "bad_steps": engine.bad_steps,
+        "max_bad_steps": args.max_bad_steps,
+    }
+
+
 def build_engine(
     args: argparse.Namespace, model: nn.Module, world: World, *, layer_decay: float | None = None, **settings
 ) -> Engine:
@@ -182,7 +215,7 @@ def build_engine(
         "compile_model": args.compile,
     }
     if args.enable_deepspeed:
-        from deepspeed_engine import DeepSpeedEngine  # takes seconds to import
+        from runs.deepspeed_engine import DeepSpeedEngine  # takes seconds to import
 
         return DeepSpeedEngine(model, optimizer, zero_stage=args.zero_stage, **settings)
     return Engine(model, optimizer, distributed=world.size > 1, **settings)

@@ -4,11 +4,11 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
-from bad_videos import TooManyBadVideos
-from checkpoint import CheckpointError
 from datasets import NoReadableVideoError
-from stopping import Stopped, StopSignals
-from utils import stop_world
+from runs.bad_videos import TooManyBadVideos
+from runs.checkpoints import CheckpointError
+from runs.processes import stop_world
+from runs.signals import Stopped, StopSignals
 
 # What a person can do something about; the message says what. Anything else is a fault of the code.
 EXPECTED = (ValueError, CheckpointError, FloatingPointError, TooManyBadVideos, NoReadableVideoError)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lists import VideoList
+from clips.lists import VideoList
 from utils import World
 
 NAME = "bad_batches.csv"

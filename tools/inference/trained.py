@@ -12,15 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from augment import COLOUR_STATISTICS, EvenCrops, normalize, to_pixels
-from checkpoint import Weights, load_weights
+from augment import COLOUR_STATISTICS, normalize, to_pixels
+from clips.lists import ENDS_AS_VIDEO, SUFFIXES
+from clips.transforms import EvenCrops
+from clips.video import resolve_decoder
 from datasets import DATA_SETS, FRAME_RULES
-from lists import ENDS_AS_VIDEO, SUFFIXES
 from modeling_finetune import VisionTransformer
 from optim import resolve_amp
 from probes import Probe
-from video import resolve_decoder
-from weights import load_classifier
+from runs.checkpoints import Weights, load_weights
+from weights.classifier import load_classifier
 
 
 # fmt: off

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import CheckpointError, Weights, load_weights, plain_name, recognise
 from masking_generator import Window
 from modeling_finetune import CLASSIFIERS, MAE_ST, VisionTransformer, create_classifier, parse_model_name
 from probes import make_probe
+from runs.checkpoints import CheckpointError, Weights, load_weights, plain_name, recognise
 
 POSITION_TABLES = ("pos_embed", "pos_embed_spatial", "pos_embed_temporal")
 

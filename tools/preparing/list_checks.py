@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from lists import NO_LABEL, parse_line
-from transcode import three_frames
-from video import VideoError, open_video
+from clips.lists import NO_LABEL, parse_line
+from clips.video import VideoError, open_video
+from tools.preparing.transcode import three_frames
 
 
 def check_video(path: str, *, decoder: str) -> str | None:

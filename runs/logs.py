@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import watchdog
-from bad_steps import BadBatches, BadSteps
-from bad_videos import BadVideos
+from runs import watchdog
+from runs.bad_steps import BadBatches, BadSteps
+from runs.bad_videos import BadVideos
 from utils import World
 
 

@@ -14,13 +14,16 @@ import hashlib
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch.distributed as dist
 
-import watchdog
-from checkpoint import (
+from loaders import EpochSampler
+from optim import Engine
+from runs import watchdog
+from runs.checkpoints import (
     LAST,
     PREVIOUS,
     CheckpointError,
@@ -30,10 +33,8 @@ from checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from loaders import EpochSampler
-from logs import Console
-from optim import Engine
-from stopping import Stopped, StopSignals, Votes
+from runs.logs import Console
+from runs.signals import Stopped, StopSignals, Votes
 from utils import World
 
 # Flags that may differ between two runs of one training without changing what is computed.
@@ -159,20 +160,39 @@ class Checkpoints:
             status,
         )
 
-    def stop_if_asked(self, message: str) -> None:
-        """Where there is nothing to save.
-
-        Raises:
-            Stopped: a signal came to some process.
-        """
-        (status,) = self.votes.now(self.signals.status)
-        if status:
-            raise Stopped(message, status)
-
     def finish(self) -> None:
         """Raises CheckpointError where the end state could not be written."""
         if self.unsaved:
             raise CheckpointError(f"{self.unsaved}; free some space and start the same command again")
+
+
+def build_checkpoints(
+    args: argparse.Namespace,
+    engine: Engine,
+    sampler: EpochSampler,
+    model_settings: dict,
+    *,
+    output_dir: str,
+    signals: StopSignals,
+    to_close: ExitStack,
+    world: World,
+    console: Console,
+) -> Checkpoints:
+    """The checkpoints of a run with these flags; its votes are closed with `to_close`."""
+    votes = Votes(timeout=1.5 * args.dist_timeout)  # the watchdog speaks first
+    to_close.callback(votes.close)
+    return Checkpoints(
+        engine=engine,
+        sampler=sampler,
+        output_dir=output_dir,
+        about={"args": vars(args), "model_settings": model_settings},
+        minutes=args.save_ckpt_minutes,
+        keep=args.keep_ckpts,
+        signals=signals,
+        votes=votes,
+        world=world,
+        console=console,
+    )
 
 
 def resume(
@@ -286,10 +306,11 @@ def _check_same_start(start: Start, output_dir: str, world: World) -> None:
 @functools.cache
 def code_version() -> str:
     """The commit of this code, with "-dirty" where files have changed since; without git a digest of them."""
-    root = Path(__file__).resolve().parent
+    root = Path(__file__).resolve().parent.parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # a copy without its history, or no git
-        sources = b"".join(path.read_bytes() for path in sorted(root.glob("*.py")))
+        rooms = (root, *(root / name for name in ("clips", "pictures", "runs", "weights")))
+        sources = b"".join(path.read_bytes() for room in rooms for path in sorted(room.glob("*.py")))
         return f"sources-{hashlib.sha256(sources).hexdigest()[:12]}"

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import nn
 
-from checkpoint import CheckpointError, Weights, epoch_checkpoints, load_weights, plain_name
 from modeling_finetune import CLASSIFIERS
+from runs.checkpoints import CheckpointError, Weights, epoch_checkpoints, load_weights, plain_name
 from utils import World
-from weights import fit_weights
+from weights.classifier import fit_weights
 
 BEST = "checkpoint-best.pth"
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from isolation import Isolated
-from video import VideoError, open_video
+from clips.isolation import Isolated
+from clips.video import VideoError, open_video
 
 SUFFIXES = "mp4|webm|avi|mkv|mov|m4v|mpg|mpeg|wmv|flv|3gp"
 ENDS_AS_VIDEO = re.compile(rf"\.({SUFFIXES})$", re.IGNORECASE)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from lists import ENDS_AS_VIDEO, NO_LABEL, SPLITS, parse_line
+from clips.lists import ENDS_AS_VIDEO, NO_LABEL, SPLITS, parse_line
 
 
 class AnnotationError(ValueError):

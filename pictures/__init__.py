@@ -1,0 +1,1 @@
+"""What a pre-training model does with a clip, as pictures."""

@@ -1,0 +1,1 @@
+"""One small program per file; the folders hold what only these use."""
