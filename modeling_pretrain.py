@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from masking_generator import MaskingGenerator, Window, sampler_network, split_tokens
-from modeling_finetune import POSITIONS, TUBELET, Blocks, Size, TubeletEmbed, parse_model_name, token_grid
+from modeling_blocks import POSITIONS, TUBELET, Blocks, TubeletEmbed
+from modeling_finetune import Size, parse_model_name, token_grid
 
 PRETRAIN_MODELS = {
     "pretrain_videomae_tiny_patch8_64",

@@ -15,13 +15,7 @@ from datasets import DATA_SETS, FRAME_RULES, DataSet, resolve_data_set
 from evaluation import FUSIONS
 from finetuning import NO_BEST, Run, steps_per_epoch, test, train
 from loaders import build_finetuning_loaders
-from modeling_finetune import (
-    CLASSIFIER_POSITIONS,
-    CLASSIFIERS,
-    create_classifier,
-    parse_model_name,
-    token_grid,
-)
+from modeling_finetune import CLASSIFIER_POSITIONS, CLASSIFIERS, create_classifier, parse_model_name, token_grid
 from probes import make_probe
 from runs.checkpoints import load_weights
 from runs.flags import (

@@ -15,7 +15,8 @@ from clips.transforms import build_pretrain_transform
 from engine_for_pretraining import Losses, pretrain_one_epoch
 from loaders import build_pretraining_loader
 from masking_generator import ALIASES, RULES, visible_count
-from modeling_finetune import POSITIONS, parse_model_name, token_grid
+from modeling_blocks import POSITIONS
+from modeling_finetune import parse_model_name, token_grid
 from modeling_pretrain import PRETRAIN_MODELS, create_pretrain_model
 from optim import Engine
 from pictures import panels

@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from modeling_finetune import TUBELET
+from modeling_blocks import TUBELET
 
 EPS = torch.finfo(torch.float32).eps
 LOG_P_RANGE = math.log(EPS), math.log(1 - EPS)  # a Categorical of the published code clamps P to [EPS, 1-EPS]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from augment import IMAGENET_MEAN, IMAGENET_STD, normalize
 from masking_generator import MaskingGenerator
-from modeling_finetune import TUBELET
+from modeling_blocks import TUBELET
 from modeling_pretrain import PretrainOutput, PretrainVisionTransformer
 from targets import patch_statistics, patchify, reconstruction_error, reconstruction_targets, unpatchify
 

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modeling_finetune import SIZES, TUBELET
+from modeling_blocks import TUBELET
+from modeling_finetune import SIZES
 from modeling_pretrain import PRETRAIN_MODELS, PretrainVisionTransformer, create_pretrain_model
 
 # What the published files hold beside tensors, text and numbers: flags, and learning rates taken from a

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from golden import cases, needs_golden, table, tensors, under
 from golden import manifest as golden_manifest
 
+from modeling_blocks import Blocks
 from modeling_finetune import (
     CLASSIFIER_POSITIONS,
     CLASSIFIERS,
     MAE_ST,
     SIZES,
-    Blocks,
     Size,
     VisionTransformer,
     create_classifier,

@@ -8,7 +8,8 @@ from golden import GOLDEN, cases, needs_golden, tensors, under
 from golden import manifest as golden_manifest
 
 from masking_generator import RULES
-from modeling_finetune import Size, sinusoid_1d, sinusoid_3d
+from modeling_blocks import sinusoid_1d, sinusoid_3d
+from modeling_finetune import Size
 from modeling_pretrain import PretrainVisionTransformer, create_pretrain_model
 from targets import reconstruction_error, reconstruction_targets, sampling_loss
 

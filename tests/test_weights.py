@@ -7,7 +7,8 @@ import torch
 from golden import cases, manifest, needs_golden, tensors, under
 from safetensors.torch import save_file
 
-from modeling_finetune import CLASSIFIERS, TUBELET, Size, VisionTransformer, create_classifier
+from modeling_blocks import TUBELET
+from modeling_finetune import CLASSIFIERS, Size, VisionTransformer, create_classifier
 from modeling_pretrain import create_pretrain_model
 from probes import make_probe
 from runs.checkpoints import CheckpointError, Weights, recognise, save_checkpoint

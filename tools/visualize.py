@@ -38,7 +38,7 @@ from clips.lists import read_list
 from clips.transforms import View, apply_view
 from clips.video import VideoError, open_video, resolve_decoder
 from masking_generator import visible_count
-from modeling_finetune import TUBELET
+from modeling_blocks import TUBELET
 from modeling_pretrain import PretrainVisionTransformer
 from pictures import panels
 from runs.checkpoints import CheckpointError, load_pretrain_model, read_checkpoint

@@ -1,0 +1,123 @@
+"""What every video ViT here is made of: tubelet embedding, fixed positions, transformer blocks."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.models.beit import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+TUBELET = 2  # frames per token, in every published model
+
+
+def sinusoid_1d(num_positions: int, dim: int) -> Tensor:
+    """Sinusoid table of "Attention Is All You Need" over the flattened token index.
+
+    Even channels j are sin(pos / 10000^(j/dim)), odd ones cos(pos / 10000^((j-1)/dim)): (num_positions, dim)
+    float32, computed in float64. The published code of AdaMAE and VideoMAE uses this one.
+    """
+    position = torch.arange(num_positions, dtype=torch.float64)[:, None]
+    exponent = torch.arange(dim, dtype=torch.float64).div(2, rounding_mode="floor") * 2 / dim
+    angle = position / 10000.0**exponent  # (N,D)
+    table = torch.where(torch.arange(dim) % 2 == 0, angle.sin(), angle.cos())
+    return table.float()
+
+
+def sinusoid_3d(window: tuple[int, int, int], dim: int) -> Tensor:
+    """Factorised sinusoid: (N, dim) float32, the channels shared out between time, row and column.
+
+    Each axis gets an even number of channels near dim/3 (rows and columns the same number, time the rest), as
+    in the periodic 3-D encoding of the AdaMAE paper (section 3.1).
+    """
+    t, h, w = window
+    spatial = dim // 6 * 2
+    temporal = dim - 2 * spatial
+    axes = (
+        sinusoid_1d(t, temporal)[:, None, None].expand(t, h, w, -1),
+        sinusoid_1d(h, spatial)[None, :, None].expand(t, h, w, -1),
+        sinusoid_1d(w, spatial)[None, None, :].expand(t, h, w, -1),
+    )
+    return torch.cat(axes, dim=-1).flatten(0, 2)
+
+
+POSITIONS = {
+    "sinusoid_1d": lambda window, dim: sinusoid_1d(window[0] * window[1] * window[2], dim),
+    "sinusoid_3d": sinusoid_3d,
+}
+
+
+class TubeletEmbed(nn.Module):
+    """Cuts a clip (B,3,T,H,W) into tubelets and embeds each: (B,N,D), tokens in (t,h,w) order, w fastest."""
+
+    def __init__(self, *, patch: int, dim: int, tubelet: int = TUBELET):
+        super().__init__()
+        self.proj = nn.Conv3d(3, dim, kernel_size=(tubelet, patch, patch), stride=(tubelet, patch, patch))
+
+    def forward(self, clip: Tensor) -> Tensor:
+        return self.proj(clip).flatten(2).transpose(1, 2)  # (B,N,D)
+
+
+class SeparateAttention(nn.Module):
+    """Self-attention (B,N,D) -> (B,N,D) with a biased projection each for query, key and value (MAE-ST)."""
+
+    def __init__(self, *, dim: int, heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0):
+        super().__init__()
+        self.heads, self.attn_drop = heads, attn_drop
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: None = None) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for project in (self.q, self.k, self.v)
+        )  # each (B,heads,N,d)
+        drop = self.attn_drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)  # (B,heads,N,d)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+
+class Blocks(nn.ModuleList):
+    """Pre-norm transformer blocks (B,N,D) -> (B,N,D), stochastic depth rising linearly to `drop_path`.
+
+    Queries, keys and values come from one projection without a key bias, or with `separate_qkv` from three.
+    `checkpoint_activations` recomputes each block's activations in the backward pass instead of storing them.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int,
+        heads: int,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        separate_qkv: bool = False,
+        checkpoint_activations: bool = False,
+    ):
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        super().__init__(
+            Block(
+                dim,
+                heads,
+                qkv_bias=True,
+                proj_drop=drop,
+                attn_drop=attn_drop,
+                drop_path=rate,
+                norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            )
+            for rate in rates
+        )
+        for block in self:
+            block.mlp.drop1 = nn.Identity()  # the published MLP has no dropout after its activation
+            if separate_qkv:
+                block.attn = SeparateAttention(dim=dim, heads=heads, attn_drop=attn_drop, proj_drop=drop)
+        self.checkpoint_activations = checkpoint_activations
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
