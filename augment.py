@@ -4,6 +4,7 @@ uint8 (B,C,T,H,W) -> pixels in [0,1] -> normalised -> fine-tuning: erasing -> Mi
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from clips.draws import draw_seed, global_draws
+
+Colours = tuple[Sequence[float], Sequence[float]]  # channel means and standard deviations of the model's input
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -129,3 +132,16 @@ class ClipMixup:
         if odd:
             clips, targets = (torch.cat([x[:middle], x[middle + 1 :]]) for x in (clips, targets))
         return clips, targets
+
+
+class BatchAugmentation(NamedTuple):
+    """What a training batch of fine-tuning goes through: normalisation, random erasing, Mixup or CutMix."""
+
+    colours: Colours
+    erasing: ClipErasing
+    mixup: ClipMixup
+
+    def __call__(self, clips: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """uint8 (B,C,T,H,W), int64 (B) -> float32 (B,C,T,H,W), soft targets float (B,K)."""
+        clips = self.erasing(normalize(to_pixels(clips), *self.colours), rng)
+        return self.mixup(clips, labels, rng)

@@ -1,61 +1,23 @@
-"""The pre-training loop: one epoch of masking, reconstructing and stepping."""
+"""The pre-training loop: masking, reconstructing and stepping, epoch by epoch."""
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from augment import normalize, to_pixels
-from modeling_pretrain import PretrainOutput
+from augment import Colours, normalize, to_pixels
 from optim import Engine
-from runs.logs import Progress
-from targets import reconstruction_error, reconstruction_targets, sampling_loss
+from runs.training import TrainingRun
+from targets import Losses
 from utils import World, seed_all
 
 
-@dataclass(frozen=True)
-class Losses:
-    """The two losses of AdaMAE (section 3.2): L = L_R + weight * L_S.
-
-    Args:
-        patch: pixels per side of a token.
-        normalize_target: standardise the target of each token and channel by its own pixels.
-        loss: "mse" or "l1"; `sampling_form`: "log" or "linear", as in `targets`.
-    """
-
-    patch: int
-    normalize_target: bool = True
-    loss: str = "mse"
-    sampling_form: str = "log"
-    sampling_weight: float = 1e-4
-
-    def __call__(self, output: PretrainOutput, pixels: Tensor) -> dict[str, Tensor]:
-        """Named device scalars; `loss` is the one to minimise. Pixels are (B,3,T,H,W) in [0,1]."""
-        target = reconstruction_targets(pixels, output.masked, self.patch, normalize=self.normalize_target)
-        error = reconstruction_error(output.prediction, target, self.loss)  # (B,Nm)
-        loss_r = error.mean()
-        if output.log_probs is None:
-            return {"loss": loss_r, "loss_reconstruction": loss_r}
-
-        log_p = output.log_probs  # (B,N)
-        loss_s = self.sampling_weight * sampling_loss(log_p, output.masked, error, self.sampling_form)
-        probs = log_p.detach().exp()
-        return {
-            "loss": loss_r + loss_s,
-            "loss_reconstruction": loss_r,
-            "loss_sampling": loss_s,
-            "probs_entropy": -(probs * log_p.detach()).sum(1).mean() / math.log(log_p.shape[1]),
-            "probs_max": probs.amax(1).mean(),
-        }
-
-
 def mask_numbers(batch: int, num_draws: int, *, clips_a_video: int, seed: tuple[int, ...], world: World) -> Tensor:
-    """The random numbers (batch, num_draws) that the masks of this rank's clips are drawn from.
+    """The random numbers (batch,num_draws) that the masks of this rank's clips are drawn from.
 
-    They are rows of those of all ranks' clips together, drawn alike on every rank: so the masks of a step are
-    the same for any number of processes with the same total batch, and each clip has its own.
+    They are this rank's rows of those of all ranks' clips, which every rank draws alike: so the masks of a step
+    are the same for any number of processes with the same total batch, and each clip has its own.
     """
     seed_all(*seed)
     videos = batch // clips_a_video * world.size
@@ -63,67 +25,79 @@ def mask_numbers(batch: int, num_draws: int, *, clips_a_video: int, seed: tuple[
     return numbers[world.rank :: world.size].flatten(0, 1)
 
 
-def pretrain_one_epoch(
+def pretrain(
+    run: TrainingRun,
     engine: Engine,
-    loader: Iterable[dict],
+    loader: DataLoader,
     *,
-    num_batches: int,
-    first_batch: int = 0,
-    clips_a_video: int = 1,
     losses: Losses,
-    normalization: tuple[tuple, tuple],
+    colours: Colours,
     schedule: Callable[[int], tuple[float, float]],
     seed: int,
-    progress: Progress,
-    step_done: Callable[[int], None] = lambda batches: None,
-) -> dict[str, float]:
-    """Trains on the batches of the loader, as those of the epoch of `progress` from `first_batch` on.
+    after_epoch: Callable[[int], None] = lambda epoch: None,
+) -> None:
+    """Trains the epochs that are left of a run, with a log entry and perhaps a checkpoint after each.
 
     Args:
         loader: batches with `clips` uint8 (B,3,T,H,W), `index`, the numbers of their videos, and `bad`, the (path,
-            reason) of unreadable ones. The clips of one video, `clips_a_video`, stand side by side.
-        num_batches: batches an epoch, from which the number of the optimiser step follows.
-        normalization: channel means and standard deviations of the model's input.
+            reason) of unreadable ones. The clips of one video stand side by side.
+        colours: channel means and standard deviations of the model's input.
         schedule: optimiser step -> (learning rate, weight decay).
         seed: with the batch's number (and for dropout the rank) it decides masks and dropout.
-        step_done: called after every optimiser step with the batches of the epoch that are done; may raise.
-
-    Returns:
-        Means of the epoch over all steps and ranks, and what went wrong (`Progress.epoch_means`).
+        after_epoch: called with each finished epoch, e.g. to draw pictures.
 
     Raises:
-        FloatingPointError: the loss stays not finite.
-        TooManyBadVideos: too many videos are unreadable.
+        TrainingDiverged, TooManyBadVideos, Stopped: see `TrainingRun`.
     """
+    run.start()
+    for epoch in range(run.first_epoch, run.epochs):
+        pretrain_one_epoch(
+            run, engine, loader, epoch=epoch, losses=losses, colours=colours, schedule=schedule, seed=seed
+        )
+        run.log.epoch({"epoch": epoch, **run.end_epoch(), "lr": schedule(run.last_step)[0]})
+        run.save_epoch()
+        after_epoch(epoch)
+    run.finish()
+
+
+def pretrain_one_epoch(
+    run: TrainingRun,
+    engine: Engine,
+    loader: DataLoader,
+    *,
+    epoch: int,
+    losses: Losses,
+    colours: Colours,
+    schedule: Callable[[int], tuple[float, float]],
+    seed: int,
+) -> None:
+    """Trains what is left of one epoch; arguments as in `pretrain`."""
     engine.module.train()
-    num_draws, world = engine.module.masking.num_draws, progress.world
-    for index, batch in progress.batches(loader, first_batch):
+    num_draws = engine.module.masking.num_draws
+    first_batch = run.start_epoch(epoch)
+    for index, batch in enumerate(loader, start=first_batch):
+        run.start_batch(index, batch)
+
         # schedule
-        batch_index = progress.epoch * num_batches + index
-        step = batch_index // engine.update_freq
-        lr, weight_decay = schedule(step)
+        number = run.batch_number(index)
+        lr, weight_decay = schedule(run.step_number(index))
         engine.set_schedule(lr, weight_decay)
 
         # batch
         clips = batch["clips"].to(engine.device, non_blocking=True)  # (B,3,T,H,W) uint8
-        pixels = to_pixels(clips)  # float32 in [0,1]
+        pixels = to_pixels(clips)  # (B,3,T,H,W) float32 in [0,1]
+        clips_a_video = len(clips) // len(batch["index"])
         uniform = mask_numbers(
-            len(clips), num_draws, clips_a_video=clips_a_video, seed=(seed, batch_index), world=world
-        )
-        seed_all(seed, batch_index, world.rank)
+            len(clips), num_draws, clips_a_video=clips_a_video, seed=(seed, number), world=run.world
+        )  # (B,num_draws)
+        seed_all(seed, number, run.world.rank)
 
         # forward and losses
-        output = engine(normalize(pixels, *normalization), uniform=uniform)
+        output = engine(normalize(pixels, *colours), uniform=uniform)
         values = losses(output, pixels)
 
         # step
         engine.backward(values["loss"])
-        progress.add(batch, **values)
+        run.end_batch(batch, values)
         if engine.step():
-            norms = {f"grad_norm_{name}": norm for name, norm in engine.grad_norms.items()}
-            last = index + 1 == num_batches
-            progress.step_done(step, last=last, lr=lr, weight_decay=weight_decay, **norms)
-            step_done(index + 1)
-    return progress.epoch_means() | {
-        "lr": schedule((progress.epoch + 1) * num_batches // engine.update_freq - 1)[0]
-    }
+            run.end_step(index, lr=lr, weight_decay=weight_decay)

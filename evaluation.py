@@ -1,16 +1,27 @@
-"""From views to numbers in a table: fusing the views of a video, accuracies, and files that tell of them."""
+"""The multi-view test: scores of all views, fused per video and merged over ranks; accuracies; result files."""
 
 import csv
+import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from augment import Colours, normalize, to_pixels
 from clips.lists import VideoList
+from engine_for_finetuning import until_stopped
+from optim import Engine
+from runs.console import Console
+from runs.faults import TrainingDiverged
+from runs.processes import wait_for_all
+from runs.signals import SAVED, Stopped, StopSignals
+from utils import World, gather_from_ranks, sum_over_ranks, whole_file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -21,19 +32,125 @@ FUSIONS = ("softmax", "logits")
 class Scores(NamedTuple):
     """The scores of n videos; the arrays are on the host."""
 
-    index: np.ndarray  # int64 (n,), the video's place in its list
-    label: np.ndarray  # int64 (n,)
+    index: np.ndarray  # int64 (n), the video's place in its list
+    label: np.ndarray  # int64 (n)
     fused: np.ndarray  # float32 (n,K), the mean over the views
     view_hits: np.ndarray  # int64 (n,2), how many of the views are right in their top 1 and top 5
     num_views: int
     bad: list[tuple[int, str, str]]  # (index, path, reason) of the unreadable videos
 
 
-def fuse_views(logits: Tensor, labels: Tensor, fusion: str) -> tuple[Tensor, Tensor]:
-    """Logits (n,V,K) and labels (n,) -> fused scores (n,K) float32 and hits of the views (n,2) int64.
+def test(
+    engine: Engine,
+    loader: DataLoader,
+    *,
+    tested: str,
+    class_names: list[str] | None,
+    skip_unreadable: bool,
+    output_dir: str,
+    signals: StopSignals,
+    world: World,
+    **scoring,
+) -> int:
+    """The multi-view test of the engine's weights; writes test.json and the files of `write_results`.
 
-    fusion: "softmax" averages probabilities (VideoMAE, MAE-ST), "logits" the raw logits (AdaMAE's code).
-    A view whose scores are not finite is never right, and its video's scores are not finite.
+    Args:
+        tested: name of the weights, for messages and test.json.
+        class_names: of the confusion matrix; None numbers the classes.
+        output_dir: folder of the files; '' writes none.
+        scoring: further arguments of `score_views`.
+
+    Returns:
+        The exit status, 1 where videos could not be read (unless `skip_unreadable`).
+
+    Raises:
+        Stopped: a signal came.
+        TrainingDiverged: no score is finite.
+    """
+    console = Console(total_steps=len(loader), show=world.is_main)
+    console.say(f"testing {tested}: {len(loader.dataset)} videos x {len(loader.dataset.views)} views")
+    scores = score_views(engine, loader, stop=lambda: bool(signals.status), console=console, **scoring)
+    if sum_over_ranks(signals.status, world.device):
+        raise Stopped(
+            "stopped during the test: start the same command again to repeat it", signals.status or SAVED
+        )
+    if len(scores.index) and not is_finite(scores).any():
+        raise TrainingDiverged(f"{tested}: no video has finite scores; its weights are unusable")
+    videos = loader.dataset.videos
+    found = accuracies(scores, videos.labels, skip_unreadable=skip_unreadable)
+    if world.is_main:
+        console.say("  ".join(f"{name} {value:.2f}" for name, value in found.items()))
+        if output_dir:
+            with whole_file(Path(output_dir) / "test.json", "w") as file:
+                file.write(
+                    json.dumps({"tested": tested, "view_fusion": scoring["fusion"], **found}, indent=1) + "\n"
+                )
+            write_results(Path(output_dir), scores, videos, class_names)
+        for _, path, reason in scores.bad:
+            print(f"unreadable test video: {path}: {reason}", file=sys.stderr)
+    return 1 if scores.bad and not skip_unreadable else 0
+
+
+def score_views(
+    engine: Engine,
+    loader: DataLoader,
+    *,
+    num_classes: int,
+    colours: Colours,
+    fusion: str = "softmax",
+    clips_at_once: int = 64,
+    stop: Callable[[], bool] = lambda: False,
+    console: Console,
+) -> Scores:
+    """The fused scores of every video of the loader's list, merged over ranks.
+
+    Args:
+        loader: batches of `loaders.collate_views`, V views to a video.
+        fusion: see `fuse_views`.
+        clips_at_once: views in one forward pass.
+        stop: where it becomes true the loop ends early, and the result is meaningless.
+    """
+    num_views = len(loader.dataset.views)
+    index, label, fused, hits, bad = [], [], [], [], []
+    console.start(0)
+    for number, batch in enumerate(until_stopped(loader, stop, "test")):
+        bad += batch["bad"]
+        if len(batch["label"]):
+            views = batch["clips"].flatten(0, 1)  # (n*V,3,T,H,W) uint8
+            logits = [
+                engine.evaluate(normalize(to_pixels(part.to(engine.device)), *colours))
+                for part in views.split(clips_at_once)
+            ]
+            logits = torch.cat(logits).unflatten(0, (-1, num_views))  # (n,V,K)
+            scores, right = fuse_views(logits, batch["label"].to(engine.device), fusion)
+            index.append(batch["index"].numpy())
+            label.append(batch["label"].numpy())
+            fused.append(scores.cpu().numpy())
+            hits.append(right.cpu().numpy())
+        console.advance()
+        if (number + 1) % max(1, len(loader) // 20) == 0:
+            console.report(number + 1, "test", videos=str(sum(map(len, index))))
+    console.close()
+    wait_for_all("test")
+    return merge_ranks(
+        Scores(
+            np.concatenate([np.zeros(0, np.int64), *index]),
+            np.concatenate([np.zeros(0, np.int64), *label]),
+            np.concatenate([np.zeros((0, num_classes), np.float32), *fused]),
+            np.concatenate([np.zeros((0, 2), np.int64), *hits]),
+            num_views,
+            bad,
+        )
+    )
+
+
+def fuse_views(logits: Tensor, labels: Tensor, fusion: str) -> tuple[Tensor, Tensor]:
+    """Fuses the views of each video: logits (n,V,K), labels (n) -> scores (n,K) float32, view hits (n,2) int64.
+
+    A view with non-finite scores is never right, and makes its video's scores non-finite.
+
+    Args:
+        fusion: "softmax" averages probabilities (VideoMAE, MAE-ST), "logits" the raw logits (AdaMAE's code).
     """
     logits = logits.float()
     scores = logits.softmax(2) if fusion == "softmax" else logits
@@ -44,11 +161,8 @@ def fuse_views(logits: Tensor, labels: Tensor, fusion: str) -> tuple[Tensor, Ten
 
 
 def merge_ranks(scores: Scores) -> Scores:
-    """All processes' scores in every process, in the order of the list (every process must call it)."""
-    parts = [scores]
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, scores)
+    """All processes' scores in every process, in the order of the list (all ranks call it together)."""
+    parts = gather_from_ranks(scores)
     joined = [np.concatenate([getattr(p, name) for p in parts]) for name in Scores._fields[:4]]
     order = joined[0].argsort()
     bad = sorted(entry for p in parts for entry in p.bad)
@@ -56,15 +170,15 @@ def merge_ranks(scores: Scores) -> Scores:
 
 
 def is_finite(scores: Scores) -> np.ndarray:
-    """bool (n,): the videos whose scores are numbers."""
+    """Which videos have finite scores: bool (n)."""
     return np.isfinite(scores.fused).all(1)
 
 
 def accuracies(scores: Scores, labels: np.ndarray, *, skip_unreadable: bool = False) -> dict[str, float]:
     """Accuracies in per cent, of videos and of views, and numbers of videos.
 
-    Each video counts once. An unreadable one counts as wrong in the videos' top-1, top-5 and mean per-class
-    accuracy, unless skipped; one whose scores are not finite always does.
+    Each video counts once. In the videos' top-1, top-5 and mean per-class accuracy an unreadable one counts as
+    wrong unless skipped, one with non-finite scores always.
 
     Args:
         labels: int64, of the whole list, from which those of the unreadable videos are taken.
@@ -95,8 +209,11 @@ def confusion_matrix(scores: Scores) -> np.ndarray:
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
+TOP = ("class_", "score_")  # columns of predictions.csv for each of the best classes
+
+
 def write_results(folder: Path, scores: Scores, videos: VideoList, class_names: list[str] | None = None) -> None:
-    """predictions.csv, scores.npz, confusion.csv, confusion.png, and unreadable.csv where there are any."""
+    """Writes predictions.csv, scores.npz, confusion.csv, confusion.png, and unreadable.csv if there are any."""
     folder.mkdir(parents=True, exist_ok=True)
     names = class_names or [str(k) for k in range(scores.fused.shape[1])]
     paths = [videos[i].path for i in scores.index.tolist()]
@@ -118,11 +235,8 @@ def write_results(folder: Path, scores: Scores, videos: VideoList, class_names: 
             csv.writer(file).writerows([("video", "reason"), *(entry[1:] for entry in scores.bad)])
 
 
-TOP = ("class_", "score_")
-
-
 def draw_confusion(confusion: np.ndarray, names: list[str], path: Path) -> None:
-    """The confusion matrix as a picture, each row in shares of its class; numbers where they can be read."""
+    """Draws the confusion matrix, each row in shares of its class, with numbers where they fit."""
     shares = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
     small = len(names) <= 25
     side = 2 + 0.45 * len(names) if small else 9

@@ -16,26 +16,28 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from runs.bad_steps import BadSteps
+from utils import SettingError
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: float | None = None) -> list[dict]:
-    """The trained parameters, one group per layer and per weight decay or none; frozen ones are left out.
+    """Groups the trained parameters by layer and by whether they are decayed; frozen ones are left out.
 
-    Not decayed are one-dimensional parameters, biases, and the names in the model's `no_weight_decay()`. With
-    layer-wise decay (BEiT, appendix), `lr_scale` of a group is layer_decay^(last layer - its layer), with the
-    layers of the model's `layer_ids()`; otherwise, and for layer_decay 1, it is 1.
+    One-dimensional parameters, biases and the names in the model's `no_weight_decay()` are not decayed. With
+    layer-wise decay (BEiT, appendix) a group's `lr_scale` is layer_decay^(last layer - its layer), by the model's
+    `layer_ids()`; otherwise, and for layer_decay 1, it is 1. (timm's `param_groups_layer_decay` orders groups from
+    another list of layers, so checkpoints of the optimiser would not carry over.)
 
     Returns:
         Dicts with `params`, `weight_decay` and `lr_scale`, in the order of their first parameters.
 
     Raises:
-        ValueError: `layer_decay` is not positive, or every parameter is frozen.
+        SettingError: `layer_decay` is not positive, or every parameter is frozen.
     """
     if layer_decay is not None and layer_decay <= 0:
-        raise ValueError(f"--layer_decay {layer_decay} must be positive; 1 gives all layers the same rate")
+        raise SettingError(f"--layer_decay {layer_decay} must be positive; 1 gives all layers the same rate")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
-        raise ValueError("there is nothing to optimise: every parameter of the model is frozen")
+        raise SettingError("there is nothing to optimise: every parameter of the model is frozen")
     skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     by_layer = layer_decay is not None and layer_decay < 1
     layers = model.layer_ids() if by_layer else dict.fromkeys(trained, 0)
@@ -63,29 +65,29 @@ def create_optimizer(
     betas: tuple[float, ...] | None = None,
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    """Any optimiser that timm knows by name, over the model's `parameter_groups`.
+    """Creates any optimiser of timm by name, over the model's `parameter_groups`.
 
     AdamW runs fused: one kernel for all parameters, and no host synchronisation in mixed precision. LARS
     adapts the rate of every matrix and of no bias, also without weight decay, as in MAE's linear probing
-    (timm's own default leaves the adaptation out where there is no decay).
+    (timm's default skips the adaptation where there is no decay).
 
     Args:
         eps, momentum: used by the optimisers that have them.
-        betas: None is the optimiser's own.
+        betas: None takes the optimiser's default.
 
     Raises:
-        ValueError: timm knows no optimiser of that name, it takes other betas, or `parameter_groups` raises.
+        SettingError: timm has no such optimiser, it does not take these values, or `parameter_groups` raises.
     """
     opt = opt.lower()
     if opt not in list_optimizers():
-        raise ValueError(f"--opt {opt}: timm has no such optimiser; try adamw, sgd, lamb, lars or lion")
+        raise SettingError(f"--opt {opt}: timm has no such optimiser; try adamw, sgd, lamb, lars or lion")
     info = get_optimizer_info(opt)
     settings: dict = {"eps": eps} if eps is not None else {}
     if betas is not None:
         expected = info.num_betas if info.has_betas else 0
         if len(betas) != expected:
             given = " ".join(map(str, betas))
-            raise ValueError(f"--opt_betas {given}: {opt} takes {expected or 'no'} betas; change or drop them")
+            raise SettingError(f"--opt_betas {given}: {opt} takes {expected or 'no'} betas; change or drop them")
         settings["betas"] = tuple(betas)
     if opt in ("adam", "adamw"):
         settings["fused"] = True
@@ -93,7 +95,12 @@ def create_optimizer(
     if info.opt_class is Lars:
         for group in groups:
             group["always_adapt"] = all(p.ndim > 1 for p in group["params"])
-    return create_optimizer_v2(groups, opt=opt, lr=lr, weight_decay=weight_decay, momentum=momentum, **settings)
+    try:
+        return create_optimizer_v2(
+            groups, opt=opt, lr=lr, weight_decay=weight_decay, momentum=momentum, **settings
+        )
+    except ValueError as error:
+        raise SettingError(f"--opt {opt} with --lr {lr}: {error}") from error
 
 
 def cosine_schedule(
@@ -105,23 +112,8 @@ def cosine_schedule(
     """
     if step < warmup_steps:
         return start + (peak - start) * step / max(1, warmup_steps - 1)
-    return _half_cosine(peak, final, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-
-
-def cosine_schedule_by_epoch(
-    epoch: float, *, peak: float, final: float, epochs: float, warmup_epochs: float = 0.0
-) -> float:
-    """MAE-ST's value at a moment in epochs, 2.5 being the middle of the third; otherwise `cosine_schedule`.
-
-    The warm-up starts from 0 and would reach `peak` at epoch `warmup_epochs`, where the cosine begins.
-    """
-    if epoch < warmup_epochs:
-        return peak * epoch / warmup_epochs
-    return _half_cosine(peak, final, (epoch - warmup_epochs) / max(1e-9, epochs - warmup_epochs))
-
-
-def _half_cosine(first: float, last: float, progress: float) -> float:
-    return last + 0.5 * (first - last) * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * progress))
 
 
 def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
@@ -146,13 +138,13 @@ class Engine:
         update_freq: batches whose gradients are averaged into one optimiser step.
         clip_grad: largest norm of the gradient, or None.
         compress: sum the gradients of the processes in bfloat16, which halves what they send.
-        watch: parameters whose gradient norm is told apart from that of the rest, by name.
+        watch: parameters whose gradient norm is computed apart from that of the rest, by name.
         compile_model: run the forward pass through `torch.compile`.
         ema_decay: keep a moving average of weights and buffers with this decay per step, or None.
         ema_force_cpu: keep it in the host's memory.
 
-    After each step `grad_norms` has the norms before clipping, by the names of `watch` and "rest". A step
-    whose loss is not finite on some process is skipped on all of them; `bad_steps` counts these.
+    After each step `grad_norms` holds the norms before clipping, by the names of `watch` and "rest". A step
+    with a non-finite loss on any process is skipped on all of them; `bad_steps` counts these.
     """
 
     def __init__(
@@ -203,8 +195,8 @@ class Engine:
     def evaluate(self, *inputs: Tensor, ema: bool = False) -> Tensor:
         """The forward pass in evaluation mode, of the weights or of their moving average.
 
-        It puts that model into evaluation mode. It talks to no other process: ranks may call it unequally
-        often.
+        It puts that model into evaluation mode. It communicates with no other process, so ranks may call it
+        unequally often.
         """
         model = self.ema.module if ema else self.module
         home = next(model.parameters()).device
@@ -221,14 +213,14 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         self.bad_steps.watch(loss)
-        loss = loss * (1 + 0 * loss.detach())  # not finite, it makes all gradients NaN: float16's scaler sees it
+        loss = loss * (1 + 0 * loss.detach())  # if not finite, all gradients become NaN: float16's scaler notices
         self.scaler.scale(loss / self.update_freq).backward()
 
     def _last_of_step(self) -> bool:
         return (self.batches + 1) % self.update_freq == 0
 
     def step(self) -> bool:
-        """Updates the weights after every `update_freq` batches; tells whether it did."""
+        """Updates the weights after every `update_freq` batches; returns whether it did."""
         is_last = self._last_of_step()
         self.batches += 1
         if is_last:
@@ -247,22 +239,22 @@ class Engine:
         norm = torch.stack(list(self.grad_norms.values())).square().sum().sqrt()
         if self.clip_grad:
             clip_grads_with_norm_(self.module.parameters(), self.clip_grad, norm)
-        self.bad_steps.agree(None if self.scaler.is_enabled() else norm)  # float16 overflows in the normal way
+        self.bad_steps.agree(None if self.scaler.is_enabled() else norm)  # float16 overflows now and then
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
     def close(self) -> None:
-        """Lets go of the distributed wrapper; call it before the process group is destroyed.
+        """Drops the distributed wrapper; to be called before the process group is destroyed.
 
-        Otherwise the wrapper holds the group's last reference, and the destructor of gloo's group, run under
-        Python's lock, can wait for ever for a thread that wants the lock.
+        Otherwise the wrapper holds the last reference to the group, and the destructor of gloo's group, which
+        runs with the GIL held, can wait for ever for a thread that needs the GIL.
         """
         self.forward_model = self.module
         gc.collect()  # DistributedDataParallel is part of reference cycles
 
     def state_dict(self) -> dict:
-        """Weights, optimiser, scaler and moving average, under the published checkpoints' keys.
+        """Weights, optimiser, scaler and moving average, under the keys of the published checkpoints.
 
         Every process must call it; what rank 0 gets is complete.
         """
@@ -276,14 +268,17 @@ class Engine:
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes over a state, of this engine or another.
+        """Loads a state of this engine or the other one.
 
-        A moving average that the state lacks starts from the state's weights; a scale of the loss that it
-        lacks (made in another precision) starts afresh.
+        A missing moving average starts from the state's weights; a missing loss scale (the state was made in
+        another precision) starts afresh.
+
+        Raises:
+            SettingError: the state is of another optimiser.
         """
         was, now = state.get("optimizer_name"), type(self.optimizer).__name__
         if was not in (None, now):
-            raise ValueError(f"it was made with the optimiser {was}, --opt {now.lower()} is another")
+            raise SettingError(f"it was made with the optimiser {was}, --opt {now.lower()} is another")
         self.module.load_state_dict(state["model"])
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])

@@ -3,166 +3,141 @@
 import argparse
 import sys
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader
+from weights.names import Weights, load_weights
 
-from augment import COLOUR_STATISTICS
+from augment import COLOUR_STATISTICS, BatchAugmentation, ClipErasing, ClipMixup
 from clips.finetune_transforms import build_finetune_transform
 from clips.lists import VideoList, check_readable, read_labels, read_splits
-from datasets import DATA_SETS, FRAME_RULES, DataSet, resolve_data_set
-from evaluation import FUSIONS
-from finetuning import NO_BEST, Run, steps_per_epoch, test, train
+from datasets import DATA_SETS, FRAME_RULES, ClipSettings, DataSet, resolve_data_set
+from engine_for_finetuning import finetune
+from evaluation import FUSIONS, test
 from loaders import build_finetuning_loaders
-from modeling_finetune import CLASSIFIER_POSITIONS, CLASSIFIERS, create_classifier, parse_model_name, token_grid
-from probes import make_probe
-from runs.checkpoints import load_weights
-from runs.flags import (
-    ON_OFF,
-    build_books,
+from modeling_finetune import CLASSIFIER_POSITIONS, CLASSIFIERS, colour_statistics, parse_model_name, token_grid
+from optim import Engine
+from probes import build_classifier
+from runs.assembly import (
+    Session,
     build_engine,
-    check_common,
-    common_parser,
+    build_run,
+    build_schedule,
+    clip_flags,
     describe,
-    join_processes,
+    loader_settings,
+    open_session,
 )
-from runs.logs import Console, RunLog
+from runs.best import BestCheckpoint, resume_best
+from runs.console import Console
+from runs.flags import AT_LEAST_ONE, AT_LEAST_ZERO, BELOW_ONE, ON_OFF, SHARE, Flags, check_common, common_parser
 from runs.program import run_program
-from runs.resuming import build_checkpoints, resume
 from runs.signals import StopSignals
-from utils import World, seed_all
+from utils import SettingError, World, seed_all
 from weights.classifier import load_classifier_weights
-from weights.tested import check_tested, find_tested
+from weights.tested import check_same_on_all_ranks, check_tested, find_tested, load_tested
 
 
 # fmt: off
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> Flags:
     parser = common_parser("run_class_finetuning.py", __doc__)
     parser.set_defaults(epochs=30, save_ckpt_freq=100, lr=1e-3, min_lr=1e-6, warmup_epochs=5,
                         num_sample=2, train_interpolation="bicubic", num_workers=10, color_jitter=0.4)
 
-    add = parser.add_argument_group("model").add_argument
+    add = parser.group("model")
     add("--model", default="vit_base_patch16_224", help=", ".join(sorted(CLASSIFIERS)))
-    add("--tubelet_size", default=2, type=int, help="frames of a token")
+    add("--tubelet_size", default=2, type=int, valid=AT_LEAST_ONE, help="frames of a tubelet")
     add("--input_size", default=None, type=int, help="side of the clip in pixels (default: the model's)")
     add("--pos_embed", default=None, choices=list(CLASSIFIER_POSITIONS),
         help="positions (default: those that --finetune was trained with, else the model's)")
-    add("--drop", default=0.0, type=float, help="dropout after positions, attention and MLP")
-    add("--attn_drop_rate", default=0.0, type=float, help="dropout of attention weights")
-    add("--drop_path", default=0.1, type=float, help="stochastic depth")
-    add("--fc_drop_rate", default=0.0, type=float, help="dropout before the head")
+    add("--drop", default=0.0, type=float, valid=BELOW_ONE, help="dropout after positions, attention and MLP")
+    add("--attn_drop_rate", default=0.0, type=float, valid=BELOW_ONE, help="dropout of attention weights")
+    add("--drop_path", default=0.1, type=float, valid=BELOW_ONE, help="stochastic depth")
+    add("--fc_drop_rate", default=0.0, type=float, valid=BELOW_ONE, help="dropout before the head")
     add("--init_scale", default=0.001, type=float, help="scale of the head's initial weights")
     add("--use_mean_pooling", default=True, action="store_true", help="classify the mean of all tokens")
     add("--use_cls", dest="use_mean_pooling", action="store_false", help="classify the first token")
-    add("--slot_pooling", action="store_true", help="classify the means of the time slots side by side")
+    add("--slot_pooling", action="store_true", help="classify the concatenated means of the time slots")
     add("--use_checkpoint", action="store_true", help="recompute activations: less memory, more time")
     add("--model_ema", action="store_true", help="keep a moving average of the weights, and evaluate it too")
-    add("--model_ema_decay", default=0.9999, type=float, help="its decay per step")
-    add("--model_ema_force_cpu", action="store_true", help="keep it in the host's memory")
+    add("--model_ema_decay", default=0.9999, type=float, help="decay of the moving average per step")
+    add("--model_ema_force_cpu", action="store_true", help="keep the moving average on the CPU")
 
-    add = parser.add_argument_group("start").add_argument
-    add("--finetune", default="", help="checkpoint of the encoder (default: from scratch)")
-    add("--model_key", default="model|module", help="where the weights are in it")
+    add = parser.group("initial weights")
+    add("--finetune", default="", help="checkpoint of the encoder (default: train from scratch)")
+    add("--model_key", default="model|module", help="key of the weights in the checkpoint; the first one present")
     add("--model_prefix", default="", help="prefix of the weights to take")
     add("--linear_probe", action="store_true", help="train a linear layer on the frozen encoder")
-    add("--attentive_probe", action="store_true", help="train an attention pooling and a linear layer on it")
+    add("--attentive_probe", action="store_true", help="train attention pooling and a linear layer on it")
     add("--probe_batch_norm", action="store_true", help="standardise the features of a probe (MAE)")
 
-    add = parser.add_argument_group("training").add_argument
-    add("--layer_decay", default=0.75, type=float, help="learning rate of a layer over that of the next")
-    add("--smoothing", default=0.1, type=float, help="label smoothing")
+    add = parser.group("training")
+    add("--layer_decay", default=0.75, type=float, help="layer-wise decay of the learning rate")
+    add("--smoothing", default=0.1, type=float, valid=SHARE, help="label smoothing")
     add("--aa", default="rand-m7-n4-mstd0.5-inc1", help="RandAugment policy, or none")
-    add("--crop_scale", default=[0.08, 1.0], type=float, nargs=2, help="area of the random crop")
-    add("--reprob", default=0.25, type=float, help="probability of random erasing")
+    add("--crop_scale", default=[0.08, 1.0], type=float, nargs=2, help="range of the random crop's area")
+    add("--reprob", default=0.25, type=float, valid=SHARE, help="probability of random erasing")
     add("--remode", default="pixel", choices=["pixel", "rand", "const"], help="what fills the erased box")
-    add("--recount", default=1, type=int, help="erased boxes")
-    add("--mixup", default=0.8, type=float, help="alpha of Mixup; 0: off")
-    add("--cutmix", default=1.0, type=float, help="alpha of CutMix; 0: off")
-    add("--cutmix_minmax", default=None, type=float, nargs=2, help="range of the box's side instead")
-    add("--mixup_prob", default=1.0, type=float, help="probability of either")
-    add("--mixup_switch_prob", default=0.5, type=float, help="probability of CutMix where both are on")
+    add("--recount", default=1, type=int, valid=AT_LEAST_ONE, help="number of erased boxes")
+    add("--mixup", default=0.8, type=float, valid=AT_LEAST_ZERO, help="alpha of Mixup; 0: off")
+    add("--cutmix", default=1.0, type=float, valid=AT_LEAST_ZERO, help="alpha of CutMix; 0: off")
+    add("--cutmix_minmax", default=None, type=float, nargs=2, help="range of CutMix's box side, instead of alpha")
+    add("--mixup_prob", default=1.0, type=float, valid=SHARE, help="probability of Mixup or CutMix")
+    add("--mixup_switch_prob", default=0.5, type=float, valid=SHARE, help="probability of CutMix if both are on")
     add("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="what shares one draw")
     add("--save_ckpt", default=True, action="store_true", help="write checkpoints")
     add("--no_save_ckpt", dest="save_ckpt", action="store_false", help="write none, test the last weights")
 
-    add = parser.add_argument_group("data set").add_argument
-    add("--data_set", default="Kinetics-400", choices=list(DATA_SETS), help="classes, frames, flip, views")
+    add = parser.group("data set")
+    add("--data_set", default="Kinetics-400", choices=list(DATA_SETS),
+        help="sets classes, frame rule, flip and views")
     add("--nb_classes", default=None, type=int, help="number of classes (default: the data set's)")
     add("--sampling", default=None, choices=list(FRAME_RULES), help="frame rule (default: the data set's)")
-    add("--flip", default=None, **ON_OFF, help="mirror clips (default: as the data set's)")
-    add("--num_segments", default=1, type=int, help="a clip has --num_frames times so many frames")
-    add("--labels", default=None, help="file of class names, one a line, for the confusion matrix")
+    add("--flip", default=None, **ON_OFF, help="flip clips horizontally (default: as the data set's)")
+    add("--num_segments", default=1, type=int, valid=AT_LEAST_ONE, help="multiplies --num_frames")
+    add("--labels", default=None, neutral=True, help="file of class names, one per line, for the confusion matrix")
 
-    add = parser.add_argument_group("evaluation").add_argument
+    add = parser.group("evaluation")
     add("--eval", action="store_true", help="only test --finetune, --resume or the best in --output_dir")
-    add("--disable_eval_during_finetuning", action="store_true", help="no validation; the last weights count")
-    add("--dist_eval", default=True, action="store_true", help="share validation and test between processes")
-    add("--no_dist_eval", dest="dist_eval", action="store_false", help="leave them to the first process")
+    add("--disable_eval_during_finetuning", action="store_true", help="no validation; test the last weights")
+    add("--dist_eval", default=True, action="store_true", neutral=True, help="validate and test on all processes")
+    add("--no_dist_eval", dest="dist_eval", action="store_false", neutral=True, help="only on the first process")
     add("--short_side_size", default=None, type=int, help="short side in pixels (default: --input_size)")
     add("--test_num_segment", default=None, type=int, help="temporal views (default: the data set's)")
     add("--test_num_crop", default=None, type=int, help="spatial views (default: the data set's)")
-    add("--random_validation", action="store_true", help="draw validation clips, as published")
-    add("--view_fusion", default="softmax", choices=FUSIONS, help="averaged over views (AdaMAE: logits)")
-    add("--skip_unreadable", action="store_true", help="leave unreadable test videos out, and exit with 0")
+    add("--random_validation", action="store_true", help="validate on random clips, as published")
+    add("--view_fusion", default="softmax", choices=FUSIONS, help="what is averaged over views (AdaMAE: logits)")
+    add("--skip_unreadable", action="store_true", help="leave out unreadable test videos, and exit with 0")
     return parser
 # fmt: on
 
 
-SHARES = ("reprob", "smoothing", "mixup_prob", "mixup_switch_prob")
-DROPS = ("drop", "attn_drop_rate", "drop_path", "fc_drop_rate")
+class Settings(NamedTuple):
+    """What the flags say, validated: the arguments of `build_classifier`, the data, and the weights to load."""
+
+    model: dict
+    data_set: DataSet
+    lists: dict[str, VideoList]
+    class_names: list[str] | None
+    weights: Weights | None
 
 
-def check_ranges(args: argparse.Namespace) -> None:
-    """Raises ValueError, naming the flag, for a number that augmentation or model can't take."""
-    for name in (*SHARES, *DROPS):
-        value = getattr(args, name)
-        if not 0 <= value <= 1 or (name in DROPS and value == 1):
-            raise ValueError(f"--{name} {value} must be from 0 to {'below ' * (name in DROPS)}1")
-    for name in ("mixup", "cutmix"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 0; 0 switches it off")
+def check_settings(args: argparse.Namespace) -> Settings:
+    """Validates the settings before anything is built, and reads the lists and the checkpoint.
+
+    Raises:
+        SettingError, CheckpointError: says what to change.
+    """
+    check_common(args)
+    check_probe_flags(args)
     for name in ("crop_scale", "cutmix_minmax"):
         low, high = getattr(args, name) or (1, 1)
         if not 0 < low <= high <= 1:
-            raise ValueError(f"--{name} {low} {high} must be two shares above 0, up to 1, the smaller one first")
-
-
-def check_probe(args: argparse.Namespace) -> dict | None:
-    """The settings of `make_probe` where the flags ask for a probe. Raises ValueError for flags that clash."""
-    if args.linear_probe and args.attentive_probe:
-        raise ValueError("--linear_probe and --attentive_probe exclude each other: give one")
-    if args.slot_pooling and not args.use_mean_pooling:
-        raise ValueError("--slot_pooling and --use_cls exclude each other: give one")
-    if args.slot_pooling and args.attentive_probe:
-        raise ValueError("--slot_pooling and --attentive_probe exclude each other: that probe pools itself")
-    if not (args.linear_probe or args.attentive_probe):
-        if args.probe_batch_norm:
-            raise ValueError("--probe_batch_norm belongs to a probe: add --linear_probe or --attentive_probe")
-        return None
-    if not (args.finetune or args.eval):
-        raise ValueError("a probe needs a frozen encoder: set --finetune to a checkpoint")
-    if args.probe_batch_norm and not args.eval and args.batch_size * args.num_sample == 1:
-        raise ValueError("--probe_batch_norm can't standardise a batch of one clip: raise --batch_size")
-    return {"kind": "linear" if args.linear_probe else "attentive", "batch_norm": args.probe_batch_norm}
-
-
-def check_settings(
-    args: argparse.Namespace,
-) -> tuple[dict, DataSet, dict[str, VideoList], list[str] | None]:
-    """Everything that can be told wrong before anything is built.
-
-    Returns the settings of `create_classifier`, and of `make_probe` as `probe`; the data set; the lists; and the
-    names of the classes. Raises ValueError with a message that says what to change, or CheckpointError.
-    """
-    check_common(args, "num_segments", "recount", "tubelet_size")
-    check_ranges(args)
-    _, patch, img = parse_model_name(args.model, CLASSIFIERS)
-    num_frames, size = args.num_frames * args.num_segments, args.input_size or img
-    token_grid(num_frames, size, patch, args.tubelet_size)
-    probe = check_probe(args)
+            raise SettingError(f"--{name} {low} {high} must be two shares above 0 and up to 1 in ascending order")
     if not args.data_path:
-        raise ValueError("--data_path is missing: a folder of train.csv, val.csv and test.csv (DATASET.md)")
+        raise SettingError("--data_path is missing: a folder of train.csv, val.csv and test.csv (DATASET.md)")
     data_set = resolve_data_set(
         args.data_set,
         num_classes=args.nb_classes,
@@ -172,21 +147,57 @@ def check_settings(
         test_crops=args.test_num_crop,
     )
     class_names = read_labels(args.labels, data_set.num_classes) if args.labels else None
+    weights = find_weights(args)
+    model = model_settings(args, data_set.num_classes, weights)
+    if args.eval:
+        check_tested(weights, model)
     splits = ["test"] if args.eval else ["train", "val", "test"]
     if args.disable_eval_during_finetuning and not args.eval:
         splits.remove("val")
-    tested, source = None, None  # the file that is tested; the weights that are tested or started from
+    lists = read_splits(args.data_path, num_classes=data_set.num_classes, splits=splits, data_root=args.data_root)
+    return Settings(model, data_set, lists, class_names, weights)
+
+
+def check_probe_flags(args: argparse.Namespace) -> None:
+    probe = args.linear_probe or args.attentive_probe
+    for clash, message in (
+        (args.linear_probe and args.attentive_probe, "--linear_probe and --attentive_probe exclude each other"),
+        (args.slot_pooling and not args.use_mean_pooling, "--slot_pooling and --use_cls exclude each other"),
+        (args.slot_pooling and args.attentive_probe, "--slot_pooling and --attentive_probe exclude each other"),
+        (args.probe_batch_norm and not probe, "--probe_batch_norm needs --linear_probe or --attentive_probe"),
+        (
+            probe and not (args.finetune or args.eval),
+            "a probe needs a frozen encoder: set --finetune to a checkpoint",
+        ),
+        (
+            args.probe_batch_norm and not args.eval and args.batch_size * args.num_sample == 1,
+            "--probe_batch_norm can't standardise a batch of one clip: raise --batch_size",
+        ),
+    ):
+        if clash:
+            raise SettingError(message)
+
+
+def find_weights(args: argparse.Namespace) -> Weights | None:
+    """The weights to test or to start from; None trains from scratch. The file is read once, here."""
+    place = {"model_key": args.model_key, "prefix": args.model_prefix}
     if args.eval:
-        tested, source = find_tested(args)
-    elif args.finetune:
-        source = load_weights(args.finetune, model_key=args.model_key, prefix=args.model_prefix)
-    model_settings = {
+        return find_tested(finetune=args.finetune, resume=args.resume, output_dir=args.output_dir, **place)
+    return load_weights(args.finetune, **place) if args.finetune else None
+
+
+def model_settings(args: argparse.Namespace, num_classes: int, weights: Weights | None) -> dict:
+    """The arguments of `build_classifier`."""
+    _, patch, img = parse_model_name(args.model, CLASSIFIERS)
+    num_frames, size = args.num_frames * args.num_segments, args.input_size or img
+    token_grid(num_frames, size, patch, args.tubelet_size)
+    settings = {
         "name": args.model,
-        "num_classes": data_set.num_classes,
+        "num_classes": num_classes,
         "num_frames": num_frames,
         "input_size": size,
         "tubelet": args.tubelet_size,
-        "pos_embed": args.pos_embed or (source and source.settings.get("pos_embed")),
+        "pos_embed": args.pos_embed or (weights and weights.settings.get("pos_embed")),
         "mean_pooling": args.use_mean_pooling,
         "slot_pooling": args.slot_pooling,
         "drop": args.drop,
@@ -195,105 +206,24 @@ def check_settings(
         "fc_drop": args.fc_drop_rate,
         "init_scale": args.init_scale,
         "checkpoint_activations": args.use_checkpoint,
-        **({"probe": probe} if probe else {}),
     }
-    if tested:
-        check_tested(tested, source, model_settings)
-    lists = read_splits(args.data_path, num_classes=data_set.num_classes, splits=splits, data_root=args.data_root)
-    return model_settings, data_set, lists, class_names
+    if args.linear_probe or args.attentive_probe:
+        kind = "linear" if args.linear_probe else "attentive"
+        settings["probe"] = {"kind": kind, "batch_norm": args.probe_batch_norm}
+    return settings
 
 
-def warn_of_empty_classes(args: argparse.Namespace, lists: dict[str, VideoList], console: Console) -> None:
-    """A data set of one's own has more classes than labels: more often a wrong number than meant so."""
-    found = len(np.unique(np.concatenate([videos.labels for videos in lists.values()])))
-    if args.data_set == "custom" and not args.eval and found < args.nb_classes:
-        console.say_error(f"--nb_classes {args.nb_classes}, but the lists have videos of {found} classes only")
-
-
-def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack) -> Run:
-    """Checks the settings and builds everything. Raises ValueError or CheckpointError."""
-    model_settings, data_set, lists, class_names = check_settings(args)
-    world = join_processes(args)
-    for videos in lists.values():
-        check_readable(videos, args.decoder, decode_timeout=args.decode_timeout)
-    loaders = build_loaders(args, data_set, lists, model_settings, world)
-    is_main = world.rank == 0
-    console = Console(total_steps=steps_per_epoch(args, loaders) * args.epochs, show=is_main)
-    warn_of_empty_classes(args, lists, console)
-    seed_all(args.seed)
-    model = build_model(args, model_settings, console).to(world.device)
-    engine = build_engine(
-        args,
-        model,
-        world,
-        layer_decay=args.layer_decay,
-        ema_decay=args.model_ema_decay if args.model_ema else None,
-        ema_force_cpu=args.model_ema_force_cpu,
+def build_loaders(args: argparse.Namespace, settings: Settings, world: World) -> dict[str, DataLoader]:
+    size, data_set = settings.model["input_size"], settings.data_set
+    clips = ClipSettings(
+        sampling=data_set.sampling,
+        num_frames=settings.model["num_frames"],
+        share_frames=True,
+        **clip_flags(args),
     )
-    to_close.callback(engine.close)
-    videos = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items()) + " videos"
-    classes = f"{data_set.num_classes} classes of {args.data_set}"
-    console.say(describe(args, engine, world, model=classes, videos=videos))
-    statistics = "imagenet" if args.imagenet_default_mean_and_std else "half"
-    if "mae_st" in args.model:
-        statistics = "mae_st"
-    run = Run(
-        args=args,
-        model_settings=model_settings,
-        data_set=data_set,
-        world=world,
-        loaders=loaders,
-        engine=engine,
-        console=console,
-        log=RunLog(
-            output_dir=args.output_dir, log_dir=args.log_dir or args.output_dir, show=is_main, warn=console.warn
-        ),
-        normalization=COLOUR_STATISTICS[statistics],
-        signals=signals,
-        class_names=class_names,
-    )
-    return run if args.eval else prepare_training(run, to_close)
-
-
-def prepare_training(run: Run, to_close: ExitStack) -> Run:
-    """What only training needs: where it starts, its checkpoints, its books. Raises CheckpointError."""
-    args, world, console, loader = run.args, run.world, run.console, run.loaders["train"]
-    start = resume(args, run.engine, loader.sampler, run.model_settings, world=world, console=console)
-    checkpoints = build_checkpoints(
-        args,
-        run.engine,
-        loader.sampler,
-        run.model_settings,
-        output_dir=args.output_dir if args.save_ckpt else "",
-        signals=run.signals,
-        to_close=to_close,
-        world=world,
-        console=console,
-    )
-    read = sum(len(run.loaders[split].dataset) for split in ("train", "val") if split in run.loaders)
-    books = build_books(args, run.engine, loader.dataset.videos, world, console, num_read=read)
-    return run._replace(start=start, checkpoints=checkpoints, books=books)
-
-
-def build_model(args: argparse.Namespace, model_settings: dict, console: Console) -> nn.Module:
-    """The classifier with the weights of --finetune, or a probe of it. Raises CheckpointError."""
-    settings = dict(model_settings)
-    probe = settings.pop("probe", None)
-    model = create_classifier(**settings)
-    if args.finetune and not args.eval:
-        load_classifier_weights(
-            model, args.finetune, model_key=args.model_key, prefix=args.model_prefix, report=console.say
-        )
-    return make_probe(model, **probe) if probe else model
-
-
-def build_loaders(
-    args: argparse.Namespace, data_set: DataSet, lists: dict, model_settings: dict, world: World
-) -> dict[str, DataLoader]:
-    size = model_settings["input_size"]
     return build_finetuning_loaders(
-        splits=lists,
-        data_set=data_set,
+        settings.lists,
+        data_set,
         transform=build_finetune_transform(
             size=size,
             flip=data_set.flip,
@@ -302,34 +232,161 @@ def build_loaders(
             color_jitter=args.color_jitter,
             scale=tuple(args.crop_scale),
         ),
-        num_frames=model_settings["num_frames"],
-        sampling_rate=args.sampling_rate,
+        clips=clips,
+        loading=loader_settings(args, world),
         input_size=size,
         short_side=args.short_side_size or size,
-        num_sample=args.num_sample,
-        batch_size=args.batch_size,
-        update_freq=args.update_freq,
         random_validation=args.random_validation,
         dist_eval=args.dist_eval,
+    )
+
+
+def build_model(args: argparse.Namespace, settings: Settings, console: Console) -> nn.Module:
+    """The classifier or probe with the weights to test or to start from.
+
+    Raises:
+        CheckpointError: they do not fit.
+    """
+    if settings.weights is None:
+        return build_classifier(settings.model)
+    if not args.eval:
+        return build_classifier(
+            settings.model, lambda model: load_classifier_weights(model, settings.weights, console.say)
+        )
+    model = build_classifier(settings.model)
+    load_tested(settings.weights, model, console.say)
+    return model
+
+
+def build_augmentation(args: argparse.Namespace, num_classes: int) -> BatchAugmentation:
+    statistics = colour_statistics(args.model, imagenet=args.imagenet_default_mean_and_std)
+    return BatchAugmentation(
+        COLOUR_STATISTICS[statistics],
+        ClipErasing(prob=args.reprob, mode=args.remode, count=args.recount),
+        ClipMixup(
+            num_classes=num_classes,
+            mixup=args.mixup,
+            cutmix=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            smoothing=args.smoothing,
+        ),
+    )
+
+
+def warn_of_empty_classes(args: argparse.Namespace, lists: dict[str, VideoList], console: Console) -> None:
+    """In a custom data set more classes than labels are more often a mistake than intended."""
+    found = len(np.unique(np.concatenate([videos.labels for videos in lists.values()])))
+    if args.data_set == "custom" and not args.eval and found < args.nb_classes:
+        console.warn_once(f"--nb_classes {args.nb_classes}, but the lists contain only {found} classes")
+
+
+def train(
+    session: Session,
+    engine: Engine,
+    loaders: dict[str, DataLoader],
+    *,
+    model_settings: dict,
+    augmentation: BatchAugmentation,
+    steps_per_epoch: int,
+) -> BestCheckpoint:
+    """Trains from where the run was left off; returns the best checkpoint."""
+    args, world = session.args, session.world
+    dataset, sampler = loaders["train"].dataset, loaders["train"].sampler
+    run = build_run(
+        session,
+        engine,
+        sampler,
+        model_settings=model_settings,
+        videos=dataset.videos,
+        num_read=sum(len(loaders[split].dataset) for split in ("train", "val") if split in loaders),
+        save=args.save_ckpt,
+    )
+    best = resume_best(run, resumed_from=args.resume)
+    finetune(
+        run,
+        engine,
+        loaders,
+        augmentation=augmentation,
+        schedule=build_schedule(args, args.batch_size * args.update_freq * world.size, steps_per_epoch),
         seed=args.seed,
-        decoder=args.decoder,
-        decode_timeout=args.decode_timeout,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem,
-        rank=world.rank,
-        world_size=world.size,
+        best=best,
+        stop=lambda: bool(session.signals.status),
+    )
+    return best
+
+
+def train_and_test(session: Session, settings: Settings) -> int:
+    """Assembles everything, trains unless --eval, and tests; returns the exit status.
+
+    Raises:
+        UserError: see `finetune` and `test`.
+    """
+    args, world, console = session.args, session.world, session.console
+    loaders = build_loaders(args, settings, world)
+    steps_per_epoch = 0 if args.eval else loaders["train"].sampler.steps_per_epoch // args.update_freq
+    console.total = args.epochs * steps_per_epoch
+    warn_of_empty_classes(args, settings.lists, console)
+    seed_all(args.seed)
+    model = build_model(args, settings, console).to(world.device)
+    tested = str(settings.weights.path) if args.eval else "the last weights"
+    settings = settings._replace(weights=None)  # as large as the model
+    ema_decay = args.model_ema_decay if args.model_ema else None
+    engine = build_engine(
+        args,
+        model,
+        world,
+        layer_decay=args.layer_decay,
+        ema_decay=ema_decay,
+        ema_force_cpu=args.model_ema_force_cpu,
+    )
+    session.to_close.callback(engine.close)
+    videos = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items()) + " videos"
+    classes = f"{settings.data_set.num_classes} classes of {args.data_set}"
+    console.say(describe(args, engine, world, model=classes, videos=videos))
+
+    augmentation = build_augmentation(args, settings.data_set.num_classes)
+    if not args.eval:
+        best = train(
+            session,
+            engine,
+            loaders,
+            model_settings=settings.model,
+            augmentation=augmentation,
+            steps_per_epoch=steps_per_epoch,
+        )
+        tested = best.load_into(model) or tested
+    check_same_on_all_ranks(tested, model, world)
+    return test(
+        engine,
+        loaders["test"],
+        tested=tested,
+        num_classes=settings.data_set.num_classes,
+        class_names=settings.class_names,
+        colours=augmentation.colours,
+        fusion=args.view_fusion,
+        clips_at_once=max(1, 3 * args.batch_size // 2),
+        skip_unreadable=args.skip_unreadable,
+        output_dir=args.output_dir,
+        signals=session.signals,
+        world=world,
     )
 
 
 def main(argv: list[str] | None = None) -> int:
     """The program; see `run_program` for how it ends."""
-    args = get_args_parser().parse_args(argv)
+    flags = get_args_parser()
+    args = flags.parse_args(argv)
 
     def work(signals: StopSignals, to_close: ExitStack) -> int:
-        run = assemble(args, signals, to_close)
-        status = test(run, best=NO_BEST if args.eval else train(run))
-        run.log.close()
-        return status
+        flags.check(args)
+        settings = check_settings(args)
+        session = open_session(args, flags, signals, to_close)
+        for videos in settings.lists.values():
+            check_readable(videos, args.decoder, decode_timeout=args.decode_timeout)
+        return train_and_test(session, settings)
 
     return run_program("run_class_finetuning.py", work)
 

@@ -42,10 +42,16 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.device(name)
+        if device.type != "cuda":
+            torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # an unknown name; a device that is not there
         reason = str(error).splitlines()[0]
         raise SettingError(f"--device {name} can't be used ({reason}); use --device auto or cpu") from error
+    # No tensor on CUDA here: it would take memory on the first GPU for every process of a job.
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count() * torch.cuda.is_available():
+        raise SettingError(f"--device {name}: this machine has no such CUDA device; use --device auto or cpu")
+    return device
 
 
 @contextmanager
@@ -88,3 +94,20 @@ def sum_over_ranks(value: float, device: torch.device) -> float:
     total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.item()
+
+
+def gather_from_ranks(value) -> list:
+    """`value` of every rank, in their order, on every rank (all ranks call it together)."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_from_main(value, device: torch.device):
+    """Rank 0's `value` on every rank (all ranks call it together)."""
+    values = [value]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(values, device=device)
+    return values[0]

@@ -1,4 +1,4 @@
-"""Steps whose loss is not finite: skipped by all processes together, counted, and their videos written down."""
+"""Steps with a non-finite loss: skipped on all processes together, counted, and their videos recorded."""
 
 import csv
 from collections.abc import Callable
@@ -9,35 +9,41 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clips.lists import VideoList
-from utils import World
+from utils import World, gather_from_ranks
 
 NAME = "bad_batches.csv"
 COLUMNS = ["step", "rank", "loss", "path"]
 
 
 class BadSteps:
-    """Skips the optimiser's step where the loss is not finite on some process, and counts.
+    """Skips the optimiser's step where the loss of any process is not finite, and counts such steps.
 
-    Everything stays on the device; nothing waits for it. An optimiser that runs fused skips a step by itself
-    (`found_inf`, as under a GradScaler); for the others one number is read in each step.
+    Everything stays on the device and nothing waits for it: a fused optimiser skips a step by itself when its
+    attribute `found_inf` is set, as under a GradScaler. Other optimisers have no such switch, and whoever calls
+    `optimizer.step` (GradScaler, DeepSpeed) knows nothing of bad steps; so their `step` is replaced by one that
+    reads a number from the device and then steps or not.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device):
         self.optimizer = optimizer
-        self.bad = torch.zeros((), device=device)  # 1 when a batch of this step was bad
-        self.last = self.bad  # 1 when the last step was skipped
+        self.bad = torch.zeros((), device=device)  # 1 if a batch of this step was bad
+        self.last = self.bad  # 1 if the last step was skipped
         self.total, self.in_row, self.longest = (torch.zeros((), device=device) for _ in range(3))
         self.fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         if not self.fused:
-            self.update = optimizer.step
-            optimizer.step = self._update_if_good
+            self.optimizer_step = optimizer.step
+            optimizer.step = self._step_if_good
 
     def watch(self, loss: Tensor) -> None:
-        """Takes note of one batch's loss."""
+        """Notes whether the loss of one batch is finite."""
         self.bad = torch.maximum(self.bad, (~loss.detach().isfinite()).float())
 
     def agree(self, norm: Tensor | None = None) -> None:
-        """Before the optimiser's step: bad on one process is bad on all. `norm`: of the gradient, if it counts."""
+        """Before the optimiser's step: bad on one process is bad on all.
+
+        Args:
+            norm: gradient norm, where a non-finite one makes the step bad too.
+        """
         if norm is not None:
             self.bad = torch.maximum(self.bad, (~norm.isfinite()).float())
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -45,8 +51,8 @@ class BadSteps:
         if self.fused:
             self.optimizer.found_inf = self.bad
 
-    def _update_if_good(self, *args, **settings):
-        return None if self.bad.item() else self.update(*args, **settings)
+    def _step_if_good(self, *args, **settings):
+        return None if self.bad.item() else self.optimizer_step(*args, **settings)
 
     def count(self) -> None:
         """After the optimiser's step."""
@@ -56,17 +62,20 @@ class BadSteps:
         self.longest = torch.maximum(self.longest, self.in_row)
 
     def read(self) -> tuple[int, int, int]:
-        """Skipped in all; in a row until now; in the longest row since the last call. The same on all ranks."""
+        """Skipped steps: in all, in a row until now, in the longest row since the last call; equal on all ranks."""
         total, in_row, longest = torch.stack([self.total, self.in_row, self.longest]).tolist()
         self.longest = self.in_row
         return int(total), int(in_row), int(longest)
 
 
 class BadBatches:
-    """The videos of the skipped steps, in bad_batches.csv: those of the batches whose loss is not finite.
+    """Records the videos of skipped steps in bad_batches.csv: those of the batches whose loss was not finite.
 
-    Where only the gradient was not, the step's batches of all ranks. `warn` is told when the file can't be
-    written.
+    Where only the gradient was not finite, these are the videos of all batches of the step.
+
+    Args:
+        output_dir: folder of the file; '' writes none.
+        warn: called when the file can't be written.
     """
 
     def __init__(self, *, output_dir: str, videos: VideoList, world: World, warn: Callable[[str], None]):
@@ -76,32 +85,30 @@ class BadBatches:
         self.batches: list[tuple[Tensor, Tensor]] = []
 
     def add(self, loss: Tensor, index: Tensor) -> None:
-        """Keeps one batch's loss and the numbers of its videos in mind."""
+        """Remembers one batch: its loss and the numbers of its videos."""
         self.batches.append((loss.detach(), index))
 
-    def step_done(self, step: int, skipped: Tensor) -> None:
+    def close_step(self, step: int, skipped: Tensor) -> None:
+        """Assigns the batches since the last call to optimiser step `step`; `skipped` is 1 if it was skipped."""
         self.steps.append((step, skipped, self.batches))
         self.batches = []
 
     def forget(self) -> None:
+        """Drops the closed steps."""
         self.steps = []
 
     def write(self) -> None:
-        """Writes down what was skipped since `forget`; all ranks call it together."""
+        """Records the skipped steps since `forget`; all ranks call it together."""
         mine = []
         for step, skipped, batches in self.steps:
             for loss, index in batches if skipped else []:
                 paths = [self.videos[i].path for i in index.tolist()]
                 mine += [(step, self.world.rank, loss.item(), path) for path in paths]
-        parts = [mine]
-        if dist.is_initialized():
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, mine)
-        rows = sorted(row for part in parts for row in part)
+        rows = sorted(row for part in gather_from_ranks(mine) for row in part)
         guilty = [row for row in rows if not torch.tensor(row[2]).isfinite()]
         blamed = {row[0] for row in guilty}
         rows = guilty + [row for row in rows if row[0] not in blamed]
-        if self.file and self.world.rank == 0:
+        if self.file and self.world.is_main:
             self._append(rows)
 
     def _append(self, rows: list[tuple]) -> None:

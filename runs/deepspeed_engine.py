@@ -1,7 +1,7 @@
-"""The engine on DeepSpeed: ZeRO leaves each process only its share of the optimiser's state and gradients.
+"""The engine on DeepSpeed: ZeRO shards the optimiser's state and the gradients across processes.
 
-It answers to the same verbs as `optim.Engine`, computes the same numbers, and reads and writes the same
-checkpoints: a run can go on with or without it, at another stage, on another number of processes.
+It has the interface of `optim.Engine`, computes the same numbers, and reads and writes the same checkpoints: a run
+can resume with or without it, at another stage, on another number of processes.
 """
 
 import logging
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from optim import Engine
+from utils import SettingError
 
-# ZeRO cuts the weights into flat pieces, so an optimiser must treat every number by itself. Others, such as
-# LARS, LAMB, Adafactor or Muon, need whole tensors and would run but compute something else.
+# ZeRO shards flattened weights, so an optimiser must be element-wise. Others, such as LARS, LAMB, Adafactor or
+# Muon, need whole tensors: they would run, but compute something else.
 ELEMENTWISE = (
     torch.optim.Adam,
     torch.optim.AdamW,
@@ -36,11 +37,11 @@ class DeepSpeedEngine(Engine):
     launcher.
 
     Args:
-        zero_stage: 0 shares nothing, 1 the optimiser's state, 2 the gradients too.
+        zero_stage: 0 shards nothing, 1 the optimiser's state, 2 the gradients too.
         settings: of `Engine`, all but `distributed`.
 
     Raises:
-        ValueError: there is no such stage, ZeRO can't shard this optimiser, or DeepSpeed is not installed.
+        SettingError: there is no such stage, ZeRO can't shard this optimiser, or DeepSpeed is not installed.
     """
 
     def __init__(
@@ -54,10 +55,10 @@ class DeepSpeedEngine(Engine):
         **settings,
     ):
         if zero_stage not in (0, 1, 2):
-            raise ValueError(f"--zero_stage {zero_stage}: it is 0, 1 or 2")
+            raise SettingError(f"--zero_stage {zero_stage}: it is 0, 1 or 2")
         if zero_stage and not isinstance(optimizer, ELEMENTWISE):
             name = type(optimizer).__name__
-            raise ValueError(f"--zero_stage {zero_stage} cannot shard {name}: use --zero_stage 0 or --opt adamw")
+            raise SettingError(f"--zero_stage {zero_stage} cannot shard {name}: use --zero_stage 0 or --opt adamw")
         deepspeed = import_deepspeed(device)
         super().__init__(model, optimizer, device=device, **settings)
         self.groups = [group["params"] for group in optimizer.param_groups]  # ZeRO replaces them by flat ones
@@ -174,7 +175,7 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     try:
         import deepspeed
     except ModuleNotFoundError as error:
-        raise ValueError(f"--enable_deepspeed: {error}; bash scripts/env.sh installs it") from error
+        raise SettingError(f"--enable_deepspeed: {error}; bash scripts/env.sh installs it") from error
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # A C++ op for inference, which DeepSpeed would otherwise compile in every process that runs on the CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -218,11 +219,11 @@ def shard_optimizer_state(whole: dict, groups: list[list[nn.Parameter]], flat: l
         flat: this process's piece of each group.
 
     Raises:
-        ValueError: the state is that of other groups.
+        SettingError: the state is that of other groups.
     """
     sizes = [len(group["params"]) for group in whole["param_groups"]]
     if sizes != [len(params) for params in groups]:
-        raise ValueError(
+        raise SettingError(
             f"the checkpoint's optimiser has groups of {sizes} parameters, this run's has groups of "
             f"{[len(params) for params in groups]}: use the same flags, or start without its optimiser"
         )

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from runs import watchdog
-from utils import World
+from utils import SettingError, World, choose_device
 
-_patient: list[dist.ProcessGroup] = []  # the group of `wait_for_all`, in a distributed run
+_no_time_limit: list[dist.ProcessGroup] = []  # in a distributed run: the group that `wait_for_all` uses
 
 
 def start_world(
@@ -28,40 +28,37 @@ def start_world(
     itp: bool = False,
     dist_timeout: float = 600.0,
 ) -> World:
-    """Joins the other processes of the job, if any: torchrun, srun, or one process alone.
+    """Joins the other processes of the job, if any, as started by torchrun, srun or Open MPI.
 
     Args:
         device: "auto" takes CUDA where there is one, else the CPU; or "cuda", "cuda:1", "cpu".
         dist_url: where the processes meet; "env://" is at MASTER_ADDR and MASTER_PORT.
-        world_size: processes there should be; 1 leaves it to the launcher.
+        world_size: expected number of processes; 1 leaves it to the launcher.
         local_rank: what torch.distributed.launch passes on the command line instead of the environment.
         itp: take the ranks from Open MPI's environment variables.
         dist_timeout: seconds in which the processes must meet, and after which one that is dead or hangs ends
             the run (`watchdog`).
 
     Raises:
-        ValueError: CUDA was asked for by name and there is none, the launcher started another number of
-            processes, or they did not meet in time.
+        SettingError: there is no such device, the launcher started another number of processes, or they did not
+            meet in time.
     """
     if dist_timeout <= 0:
-        raise ValueError(f"--dist_timeout {dist_timeout} must be positive (seconds)")
+        raise SettingError(f"--dist_timeout {dist_timeout} must be positive (seconds)")
     if itp:
         for theirs, ours in (("RANK", "RANK"), ("SIZE", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_RANK")):
             os.environ[ours] = os.environ[f"OMPI_COMM_WORLD_{theirs}"]
     if local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this machine has no CUDA device; use --device cpu or auto")
+    device = str(choose_device(device))
     if "WORLD_SIZE" not in os.environ:
         _read_slurm()
     names = {"LOCAL_RANK": 0, "RANK": 0, "WORLD_SIZE": 1}
     local_rank, rank, size = (int(os.environ.get(name, alone)) for name, alone in names.items())
     if world_size not in (1, size):
-        raise ValueError(
-            f"--world_size {world_size}, but {size} processes were started: use torchrun "
-            "--nproc_per_node or srun, which tell the number by themselves"
+        raise SettingError(
+            f"--world_size {world_size}, but {size} processes were started: leave the flag out and start them "
+            "with torchrun --nproc_per_node or srun, which set the number"
         )
     if size > 1:
         device = _join(device, dist_url, local_rank, rank, size, dist_timeout)
@@ -77,15 +74,15 @@ def _join(device: str, dist_url: str, local_rank: int, rank: int, size: int, dis
     try:
         store, rank, size = next(rendezvous(dist_url, rank, size, timeout=timeout))
         store = unused_part(store, rank, size, dist_timeout)
-        # The watchdog knows more than a collective that times out, so it comes first.
+        # The watchdog reports more than a collective that times out, so its limit is the shorter one.
         watchdog.watch(store, rank=rank, size=size, timeout=dist_timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=1.5 * timeout)
-        _patient.append(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
+        _no_time_limit.append(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
     except dist.DistError as error:
         where = (
             f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if "env" in dist_url else dist_url
         )
-        raise ValueError(
+        raise SettingError(
             f"rank {rank} on host {socket.gethostname()}: {size} processes did not meet at {where} within "
             f"--dist_timeout {dist_timeout:g} seconds: {str(error).splitlines()[0]}"
         ) from error
@@ -95,11 +92,11 @@ def _join(device: str, dist_url: str, local_rank: int, rank: int, size: int, dis
 
 
 def unused_part(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
-    """A part of the store that no earlier processes have written to; all ranks get the same.
+    """A part of the store that no earlier process has written to, the same for all ranks.
 
-    torchrun keeps one store over its restarts (and counts these differently on each machine), so that addresses
-    of processes that are gone would be taken for those of their successors. So rank 0 draws a name, and tells
-    it to every rank that asks with a word of its own, until all have confirmed it.
+    torchrun keeps one store over its restarts (and counts these differently on each machine), so addresses of
+    dead processes would be taken for those of their successors. So rank 0 draws a name and sends it to every rank
+    that asks with a random word, until all have confirmed it.
 
     Raises:
         torch.distributed.DistStoreError: not all ranks came within `timeout` seconds.
@@ -166,19 +163,19 @@ def stop_world() -> None:
     if isinstance(error, SystemExit):
         error = (error.__cause__ or error) if isinstance(error.code, str) else None
     watchdog.unwatch(error)
-    _patient.clear()
+    _no_time_limit.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def wait_for_all(where: str) -> None:
-    """Waits for the other ranks, for as long as they give signs of life: after loops of different lengths.
+    """Waits for the other ranks, as long as their watchdogs run: after loops of different lengths.
 
     Every rank must call it. `where` is for the watchdog.
     """
-    if not _patient:
+    if not _no_time_limit:
         return
-    work = dist.barrier(group=_patient[0], async_op=True)
+    work = dist.barrier(group=_no_time_limit[0], async_op=True)
     while not work.is_completed():
         watchdog.tick(f"{where}, waiting for the others")
         time.sleep(0.05)

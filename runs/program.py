@@ -1,28 +1,23 @@
-"""What both programs do around their work: signals, errors in one line, exit statuses."""
+"""What both programs do around their work: signals, one-line errors, exit statuses."""
 
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
-from datasets import NoReadableVideoError
-from runs.bad_videos import TooManyBadVideos
-from runs.checkpoints import CheckpointError
 from runs.processes import stop_world
 from runs.signals import Stopped, StopSignals
-
-# What a person can do something about; the message says what. Anything else is a fault of the code.
-EXPECTED = (ValueError, CheckpointError, FloatingPointError, TooManyBadVideos, NoReadableVideoError)
+from utils import UserError
 
 
 def run_program(name: str, work: Callable[[StopSignals, ExitStack], int]) -> int:
     """Does the work and returns its exit status.
 
-    `work` gets the signals that may stop it, and a stack for what is to be closed while the processes still
-    know each other.
+    Args:
+        work: gets the signals that may stop it, and a stack for what must be closed before the process group.
 
     Raises:
-        SystemExit: with one line on stderr for a wrong setting (status 1); with `stopping.SAVED` or 130 for a run
-            that was asked to stop and has saved.
+        SystemExit: for a `UserError` with one line on stderr (status 1); for a run that was asked to stop and has
+            saved with `signals.SAVED` or 130. Any other exception is a bug and keeps its traceback.
     """
     with StopSignals() as signals:
         try:
@@ -32,9 +27,9 @@ def run_program(name: str, work: Callable[[StopSignals, ExitStack], int]) -> int
             with suppress(OSError):
                 print(stop, file=sys.stderr)
             raise SystemExit(stop.status) from stop
-        except EXPECTED as error:
-            # from a data worker it comes with the worker's traceback before its own words
-            text = str(error).rpartition("NoReadableVideoError: ")[2]
+        except UserError as error:
+            # from a data worker it comes with the worker's traceback in front of its own message
+            text = str(error).rpartition(f"{type(error).__name__}: ")[2]
             raise SystemExit(f"{name}: error: {text}") from error
         finally:
             stop_world()

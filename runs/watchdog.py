@@ -1,10 +1,10 @@
-"""Ends a distributed run of which one process died or hangs, and says which rank that was and where it ran.
+"""Ends a distributed run in which a process died or hangs, and names that rank and its host.
 
-A collective only tells that somebody is missing. So every process writes signs of life to the store at which all
-of them met: its host, a count of beats, and where its main thread's loop stands (`tick`). Rank 0 reads them all.
-It names a rank that has not beaten for too long (dead or frozen), one that failed, and one whose loop stands still
-while it is the furthest behind, so that the others wait for it. The other ranks watch rank 0's beats and read its
-verdict. Times are the reader's own, so the machines' clocks may differ.
+A collective that times out does not say which rank is missing. So every process writes heartbeats to the store at
+which all of them met: its host, a count, and the position of its training loop (`tick`). Rank 0 reads them all. It
+names a rank whose heartbeats stopped (dead or frozen), one that failed, and one whose loop stands still while it
+is the furthest behind, so that the others wait for it. The other ranks watch rank 0 and read its verdict. Times
+are measured by the reader, so the machines' clocks may differ.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 from torch.distributed import PrefixStore, Store
 
-FAILED_GRACE = 10.0  # seconds in which the others may end by themselves, and say why, after one rank failed
+FAILED_GRACE = 10.0  # seconds in which the other ranks may end by themselves, with their own message
 
 
 class Sign(NamedTuple):
-    """One sign of life. `position` orders the ranks: the lowest is the furthest behind."""
+    """One heartbeat. `position` orders the ranks: the lowest is the furthest behind."""
 
     host: str
     beats: int
@@ -34,7 +34,7 @@ class Sign(NamedTuple):
 
 
 class Peer:
-    """What is known of another rank: its last sign, and when its thread and its loop last went on."""
+    """What is known of another rank: its last heartbeat, and when it and its loop last advanced."""
 
     def __init__(self, rank: int):
         self.rank = rank
@@ -57,7 +57,7 @@ class Peer:
 
     def __str__(self) -> str:
         if self.sign is None:
-            return f"rank {self.rank}, which never gave a sign of life,"
+            return f"rank {self.rank}, which sent no heartbeat,"
         return f"rank {self.rank} on host {self.sign.host}"
 
 
@@ -69,10 +69,10 @@ class Fault(NamedTuple):
 
 
 def find_gone(peers: list[Peer], *, timeout: float, now: float) -> Fault | None:
-    """Ranks that gave no sign of life for `timeout` seconds, or failed `FAILED_GRACE` seconds ago; else None.
+    """Ranks without a heartbeat for `timeout` seconds, or that failed `FAILED_GRACE` seconds ago; else None.
 
     Args:
-        now: the `time.monotonic` at which the peers' signs were last read.
+        now: the `time.monotonic` at which the peers were last read.
     """
     silent = [p for p in peers if p.runs and now - p.heard > timeout]
     if silent:
@@ -85,9 +85,9 @@ def find_gone(peers: list[Peer], *, timeout: float, now: float) -> Fault | None:
 
 
 def find_hung(peers: list[Peer], *, timeout: float, now: float) -> Fault | None:
-    """Of all ranks those furthest behind, if all of these stand still for `timeout` seconds; else None.
+    """The ranks furthest behind, if all of them have stood still for `timeout` seconds; else None.
 
-    One behind that goes on, such as a rank that saves, is waited for.
+    A rank that is behind but advances, such as one that saves, is waited for.
     """
     running = [p for p in peers if p.sign is not None and p.runs]
     behind = min((p.sign.position for p in running), default=())
@@ -99,7 +99,7 @@ def find_hung(peers: list[Peer], *, timeout: float, now: float) -> Fault | None:
 
 
 def _last_at(peer: Peer) -> str:
-    return f" (last sign of life: {peer.sign.where})" if peer.sign is not None else ""
+    return f" (last heartbeat: {peer.sign.where})" if peer.sign is not None else ""
 
 
 def _listed(words: list[str], most: int = 8) -> str:
@@ -108,14 +108,14 @@ def _listed(words: list[str], most: int = 8) -> str:
 
 
 class Watchdog:
-    """Publishes this rank's signs of life, and watches: rank 0 all ranks, the others rank 0 (module docstring).
+    """Publishes this rank's heartbeats, and watches: rank 0 all ranks, the others rank 0 (module docstring).
 
-    One thread talks with the store, which blocks for as long as the process that holds it is frozen. So another
-    one judges.
+    One thread talks to the store, a call to which blocks while the process that holds it is frozen. So a second
+    thread judges.
 
     Args:
-        store: where the processes met; a connection of its own is opened to it.
-        timeout: seconds after which a silent rank or one that stands still ends the run.
+        store: where the processes met; the watchdog opens its own connection to it.
+        timeout: seconds after which a silent or hanging rank ends the run.
     """
 
     def __init__(self, *, store: Store, rank: int, size: int, timeout: float):
@@ -134,7 +134,7 @@ class Watchdog:
         self.judge.start()
 
     def tick(self, where: str, *position: int) -> None:
-        """The main thread goes on. Only memory is touched; without a position the last one stays."""
+        """Notes that the main thread advances; only memory is touched. Without a position the last one stays."""
         self.place = (self.place[0] + 1, position or self.place[1], where)
 
     def publish(self) -> None:
@@ -148,7 +148,7 @@ class Watchdog:
             peer.hear(Sign(host, beats, ticks, tuple(position), where, state))
 
     def talk(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the process that held the store is gone: silence from now on
+        with contextlib.suppress(RuntimeError):  # the process that held the store is gone
             while not self.ended.wait(self.interval):
                 self.publish()
                 self.read(self.peers)
@@ -167,11 +167,11 @@ class Watchdog:
                 self.say(f"{fault.reason}; the run ends (--dist_timeout {self.timeout:g})")
                 if self.rank == 0:
                     self.verdict = fault
-                    time.sleep(3 * self.interval)  # the others hear it before the store or the launcher goes
+                    time.sleep(3 * self.interval)  # so that the others read it before the store is gone
                 self.leave(fault)
 
     def leave(self, fault: Fault) -> None:
-        """Ends this process, whose main thread may wait for ever. A rank at fault shows where it hangs."""
+        """Ends this process, whose main thread may wait for ever. A rank at fault prints where it hangs."""
         if self.rank in fault.ranks:
             self.say(f"{fault.reason}; here it is:")
             faulthandler.dump_traceback(file=sys.__stderr__)
@@ -181,7 +181,7 @@ class Watchdog:
         print(f"rank {self.rank} on host {self.host}: {text}", file=sys.__stderr__, flush=True)
 
     def name_missing(self) -> str:
-        """The ranks that give no sign of life for three beats from now, in words; "" if all are well."""
+        """The ranks without a heartbeat for the next three intervals, in words; "" if there are none."""
         peers = [Peer(r) for r in range(self.size) if r != self.rank]
         try:
             self.read(peers)
@@ -194,7 +194,7 @@ class Watchdog:
         return _listed([f"{p} is gone{_last_at(p)}" for p in gone])
 
     def close(self, error: BaseException | None) -> None:
-        """Leaves the watch. After an `error` says which rank and host it is, and which ranks are missing."""
+        """Ends the watch. After an `error` prints this rank and host, and which ranks are missing."""
         state = "done"
         if error is not None:
             lines = str(error).strip().splitlines()
@@ -219,7 +219,7 @@ def watch(store: Store, *, rank: int, size: int, timeout: float) -> None:
 
 
 def tick(where: str, *position: int) -> None:
-    """Tells that this process's loop goes on; two ticks must lie closer together than `--dist_timeout`.
+    """Reports that this process's loop advances; two ticks must lie closer together than `--dist_timeout`.
 
     Args:
         where: for a person, e.g. "epoch 3, batch 12".
@@ -231,7 +231,7 @@ def tick(where: str, *position: int) -> None:
 
 
 def unwatch(error: BaseException | None = None) -> None:
-    """Ends the watch, for good or because of `error`, which is then printed with this rank and its host."""
+    """Ends the watch, normally or because of `error`, which is then printed with this rank and its host."""
     global _watchdog
     if _watchdog is not None:
         _watchdog.close(error)

@@ -51,13 +51,13 @@ def test_nobody_is_named_while_all_go_on_or_are_done():
 def test_a_silent_rank_is_named_with_its_host():
     ranks, reason = gone(peer(0, moved=70), peer(1, heard=61, moved=70))
     assert ranks == [1]
-    assert reason.startswith("rank 1 on host node1 has not been heard of for 61 s (last sign of life: batch 5)")
+    assert reason.startswith("rank 1 on host node1 has not been heard of for 61 s (last heartbeat: batch 5)")
 
 
 def test_a_rank_that_stands_still_is_named_when_the_others_wait_for_it():
     waiting = [peer(r, position=(2, 0), moved=61) for r in (0, 1, 3)]
     late = peer(2, position=(1, 9), moved=62)
-    assert hung(*waiting, late) == ([2], "rank 2 on host node2 hangs, for 62 s (last sign of life: batch 9)")
+    assert hung(*waiting, late) == ([2], "rank 2 on host node2 hangs, for 62 s (last heartbeat: batch 9)")
     assert hung(*waiting, peer(2, position=(2, 0), moved=61)).ranks == [0, 1, 3, 2]
 
 
@@ -76,7 +76,7 @@ def test_a_failed_rank_ends_the_others_after_a_while():
 def test_a_rank_that_never_came_is_named():
     late = Peer(1)
     late.heard = 930
-    assert gone(peer(0), late).reason.startswith("rank 1, which never gave a sign of life, has not been heard of")
+    assert gone(peer(0), late).reason.startswith("rank 1, which sent no heartbeat, has not been heard of")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_two_tasks_of_srun_end_well_though_one_ends_long_before_the_other(forks,
 def test_a_rank_that_dies_is_named_at_once(forks, tmp_path, victim):
     statuses, stderr, seconds = run_small_loop(forks, tmp_path, "die", victim)
     assert sorted(statuses) == [-signal.SIGKILL, 1]
-    named = "can't be reached any more" if victim == 0 else r"is gone \(last sign of life: batch \d\)"
+    named = "can't be reached any more" if victim == 0 else r"is gone \(last heartbeat: batch \d\)"
     assert re.search(rf"rank {1 - victim} on host {HOST}: .*; rank {victim} on host {HOST} {named}", stderr), (
         stderr
     )
@@ -159,7 +159,7 @@ def test_a_rank_whose_loop_hangs_is_named_in_time_and_shows_where(forks, tmp_pat
     statuses, stderr, seconds = run_small_loop(forks, tmp_path, "hang", victim)
     assert statuses == [1, 1]
     assert re.search(
-        rf"rank 0 on host {HOST}: rank {victim} on host {HOST} hangs, for \d+ s \(last sign of life: batch 9\); ",
+        rf"rank 0 on host {HOST}: rank {victim} on host {HOST} hangs, for \d+ s \(last heartbeat: batch 9\); ",
         stderr,
     )
     assert f"rank {1 - victim} on host {HOST} hangs" not in stderr
@@ -275,9 +275,9 @@ def test_torchrun_continues_after_a_rank_was_killed_in_the_middle_of_an_epoch(fl
     assert straight.process.wait(120) == 0, straight.output
     assert killed.process.wait(120) == 0, killed.output
     assert "checkpoint-0.pth: 1 of 2 epochs are done" in killed.output
-    assert re.search(
-        rf"rank 1 on host {HOST} is gone \(last sign of life: epoch \d, batch \d+\)", killed.output
-    ), killed.output
+    assert re.search(rf"rank 1 on host {HOST} is gone \(last heartbeat: epoch \d, batch \d+\)", killed.output), (
+        killed.output
+    )
     ours, theirs = last_weights(tmp_path / "killed"), last_weights(tmp_path / "straight")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
 

@@ -1,0 +1,228 @@
+"""What both programs build alike from their shared flags."""
+
+import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from clips.decoders import resolve_decoder
+from torch import nn
+
+from clips.lists import VideoList
+from loaders import EpochSampler, LoaderSettings
+from optim import Engine, cosine_schedule, create_optimizer, resolve_amp
+from runs.bad_steps import BadBatches
+from runs.bad_videos import BadVideos
+from runs.console import Console
+from runs.faults import Faults
+from runs.flags import Flags
+from runs.logs import RunLog
+from runs.processes import start_world
+from runs.resuming import resume
+from runs.saving import Checkpoints
+from runs.signals import StopSignals, Votes
+from runs.training import TrainingRun
+from utils import World
+
+Schedule = Callable[[int], tuple[float, float]]  # optimiser step -> learning rate, weight decay
+
+
+def build_schedule(args: argparse.Namespace, total_batch: int, steps_per_epoch: int) -> Schedule:
+    """The schedule of learning rate and weight decay; rates are the flags' times total_batch / 256."""
+    scale = total_batch / 256
+    total_steps = args.epochs * steps_per_epoch
+    warmup_steps = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
+    decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
+
+    def schedule(step: int) -> tuple[float, float]:
+        lr = cosine_schedule(
+            step,
+            start=args.warmup_lr * scale,
+            peak=args.lr * scale,
+            final=args.min_lr * scale,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+        )
+        return lr, cosine_schedule(step, peak=args.weight_decay, final=decay_end, total_steps=total_steps)
+
+    return schedule
+
+
+class Session(NamedTuple):
+    """A started program: its flags, its place among the processes, and what it prints, logs and listens to."""
+
+    args: argparse.Namespace
+    flags: Flags
+    world: World
+    console: Console
+    log: RunLog
+    signals: StopSignals
+    to_close: ExitStack  # closes what must be closed before the processes part
+
+
+def open_session(args: argparse.Namespace, flags: Flags, signals: StopSignals, to_close: ExitStack) -> Session:
+    """Joins the job's other processes, and opens the console (whose `total` is set later) and the log.
+
+    Raises:
+        SettingError: see `start_world`.
+    """
+    world = start_world(
+        args.device,
+        args.dist_url,
+        args.world_size,
+        local_rank=args.local_rank,
+        itp=args.dist_on_itp,
+        dist_timeout=args.dist_timeout,
+    )
+    console = Console(total_steps=0, show=world.is_main)
+    log = RunLog(
+        output_dir=args.output_dir,
+        log_dir=args.log_dir or args.output_dir,
+        show=world.is_main,
+        warn=console.warn,
+    )
+    to_close.callback(log.close)
+    return Session(args, flags, world, console, log, signals, to_close)
+
+
+def clip_flags(args: argparse.Namespace) -> dict:
+    """The settings of clips that both programs take from their flags, as arguments of `ClipSettings`."""
+    return {
+        "sampling_rate": args.sampling_rate,
+        "num_sample": args.num_sample,
+        "seed": args.seed,
+        "decoder": args.decoder,
+        "decode_timeout": args.decode_timeout,
+    }
+
+
+def loader_settings(args: argparse.Namespace, world: World) -> LoaderSettings:
+    return LoaderSettings(
+        batch_size=args.batch_size,
+        update_freq=args.update_freq,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def build_engine(
+    args: argparse.Namespace, model: nn.Module, world: World, *, layer_decay: float | None = None, **settings
+) -> Engine:
+    """The model with its optimiser and precision; `settings` go to `Engine`.
+
+    Raises:
+        SettingError: an optimiser that does not exist, does not take the flags, or can't be sharded.
+    """
+    optimizer = create_optimizer(
+        model,
+        opt=args.opt,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        layer_decay=layer_decay,
+        eps=args.opt_eps,
+        betas=args.opt_betas,
+        momentum=args.momentum,
+    )
+    settings |= {
+        "device": world.device,
+        "amp": resolve_amp(args.amp, world.device),
+        "update_freq": args.update_freq,
+        "clip_grad": args.clip_grad,
+        "compress": args.compress_gradients,
+        "compile_model": args.compile,
+    }
+    if args.enable_deepspeed:
+        from runs.deepspeed_engine import DeepSpeedEngine  # takes seconds to import
+
+        return DeepSpeedEngine(model, optimizer, zero_stage=args.zero_stage, **settings)
+    return Engine(model, optimizer, distributed=world.size > 1, **settings)
+
+
+def build_run(
+    session: Session,
+    engine: Engine,
+    sampler: EpochSampler,
+    *,
+    model_settings: dict,
+    videos: VideoList,
+    num_read: int,
+    save: bool = True,
+) -> TrainingRun:
+    """Resumes a checkpoint if there is one, and builds what accompanies the training.
+
+    Args:
+        videos: of training.
+        num_read: number of all videos that are read, of which some may be unreadable.
+        save: whether to write checkpoints.
+
+    Raises:
+        CheckpointError: see `resume`.
+    """
+    args, world, console = session.args, session.world, session.console
+    start = resume(
+        engine,
+        sampler,
+        flags=vars(args),
+        neutral=session.flags.neutral,
+        model_settings=model_settings,
+        world=world,
+        console=console,
+    )
+    votes = Votes(timeout=1.5 * args.dist_timeout)  # longer than the watchdog's limit, which reports more
+    session.to_close.callback(votes.close)
+    checkpoints = Checkpoints(
+        engine=engine,
+        sampler=sampler,
+        output_dir=args.output_dir if save else "",
+        about={"args": vars(args), "model_settings": model_settings},
+        minutes=args.save_ckpt_minutes,
+        keep=args.keep_ckpts,
+        signals=session.signals,
+        votes=votes,
+        world=world,
+        console=console,
+    )
+    return TrainingRun(
+        engine=engine,
+        sampler=sampler,
+        epochs=args.epochs,
+        start=start,
+        world=world,
+        console=console,
+        log=session.log,
+        checkpoints=checkpoints,
+        faults=build_faults(args, engine, videos, world, console, num_read=num_read),
+        log_freq=args.log_freq,
+        save_freq=args.save_ckpt_freq,
+    )
+
+
+def build_faults(
+    args: argparse.Namespace, engine: Engine, videos: VideoList, world: World, console: Console, *, num_read: int
+) -> Faults:
+    files = {"output_dir": args.output_dir, "warn": console.warn}
+    return Faults(
+        videos=BadVideos(num_videos=num_read, limit=args.max_bad_videos, is_main=world.is_main, **files),
+        batches=BadBatches(videos=videos, world=world, **files),
+        steps=engine.bad_steps,
+        max_bad_steps=args.max_bad_steps,
+        console=console,
+    )
+
+
+def describe(args: argparse.Namespace, engine: Engine, world: World, *, model: str, videos: str) -> str:
+    """A run's first lines: the model, the data, and the batch arithmetic."""
+    trained = sum(p.numel() for p in engine.module.parameters() if p.requires_grad) / 1e6
+    precision = str(engine.amp or torch.float32).removeprefix("torch.")
+    total = args.batch_size * args.update_freq * world.size
+    decoder = resolve_decoder(args.decoder)
+    return (
+        f"{args.model}, {trained:.2f} M trained parameters, {model}\n"
+        f"{videos} of {args.data_path}, decoder {decoder}, on {world.device} in {precision}\n"
+        f"{world.size} processes x {args.batch_size} videos x {args.update_freq} batches a step = {total}, "
+        f"{args.num_sample} clips a video\n"
+        f"learning rate {args.lr} x {total}/256 = {args.lr * total / 256:.3g}"
+    )
