@@ -71,9 +71,7 @@ def test(
     console.say(f"testing {tested}: {len(loader.dataset)} videos x {len(loader.dataset.views)} views")
     scores = score_views(engine, loader, stop=lambda: bool(signals.status), console=console, **scoring)
     if sum_over_ranks(signals.status, world.device):
-        raise Stopped(
-            "stopped during the test: start the same command again to repeat it", signals.status or SAVED
-        )
+        raise Stopped("stopped during the test: rerun the same command to repeat it", signals.status or SAVED)
     if len(scores.index) and not is_finite(scores).any():
         raise TrainingDiverged(f"{tested}: no video has finite scores; its weights are unusable")
     videos = loader.dataset.videos
@@ -81,10 +79,9 @@ def test(
     if world.is_main:
         console.say("  ".join(f"{name} {value:.2f}" for name, value in found.items()))
         if output_dir:
+            summary = {"tested": tested, "view_fusion": scoring["fusion"], **found}
             with whole_file(Path(output_dir) / "test.json", "w") as file:
-                file.write(
-                    json.dumps({"tested": tested, "view_fusion": scoring["fusion"], **found}, indent=1) + "\n"
-                )
+                file.write(json.dumps(summary, indent=1) + "\n")
             write_results(Path(output_dir), scores, videos, class_names)
         for _, path, reason in scores.bad:
             print(f"unreadable test video: {path}: {reason}", file=sys.stderr)

@@ -95,10 +95,9 @@ def create_optimizer(
     if info.opt_class is Lars:
         for group in groups:
             group["always_adapt"] = all(p.ndim > 1 for p in group["params"])
+    settings |= {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
     try:
-        return create_optimizer_v2(
-            groups, opt=opt, lr=lr, weight_decay=weight_decay, momentum=momentum, **settings
-        )
+        return create_optimizer_v2(groups, opt=opt, **settings)
     except ValueError as error:
         raise SettingError(f"--opt {opt} with --lr {lr}: {error}") from error
 

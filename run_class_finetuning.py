@@ -165,10 +165,7 @@ def check_probe_flags(args: argparse.Namespace) -> None:
         (args.slot_pooling and not args.use_mean_pooling, "--slot_pooling and --use_cls exclude each other"),
         (args.slot_pooling and args.attentive_probe, "--slot_pooling and --attentive_probe exclude each other"),
         (args.probe_batch_norm and not probe, "--probe_batch_norm needs --linear_probe or --attentive_probe"),
-        (
-            probe and not (args.finetune or args.eval),
-            "a probe needs a frozen encoder: set --finetune to a checkpoint",
-        ),
+        (probe and not (args.finetune or args.eval), "a probe needs a frozen encoder: set --finetune"),
         (
             args.probe_batch_norm and not args.eval and args.batch_size * args.num_sample == 1,
             "--probe_batch_norm can't standardise a batch of one clip: raise --batch_size",
@@ -357,7 +354,8 @@ def train_and_test(session: Session, settings: Settings) -> int:
             augmentation=augmentation,
             steps_per_epoch=steps_per_epoch,
         )
-        tested = best.load_into(model) or tested
+        if not args.disable_eval_during_finetuning:
+            tested = best.load_into(model) or tested
     check_same_on_all_ranks(tested, model, world)
     return test(
         engine,

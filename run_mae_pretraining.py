@@ -128,8 +128,8 @@ def build_loader(args: argparse.Namespace, videos: VideoList, size: int, world: 
     return build_pretraining_loader(videos, transform, clips, loader_settings(args, world))
 
 
-def build_picture_drawer(
-    args: argparse.Namespace,
+def picture_drawer(
+    every: int,
     run: TrainingRun,
     engine: Engine,
     loader: DataLoader,
@@ -139,16 +139,14 @@ def build_picture_drawer(
     """A function of the epoch that draws the five panels of the list's first clips, always the same ones."""
 
     def draw(epoch: int) -> None:
-        is_due = args.vis_freq and ((epoch + 1) % args.vis_freq == 0 or epoch + 1 == args.epochs)
+        is_due = every and ((epoch + 1) % every == 0 or epoch + 1 == run.epochs)
         if not (is_due and run.world.is_main):
             return
         watchdog.tick("drawing")
         dataset = loader.dataset
         clips = torch.stack([dataset[0, i]["clips"][0] for i in range(min(4, len(dataset)))])  # (n,3,T,H,W)
         pixels = to_pixels(clips.to(engine.device))
-        run.log.picture(
-            epoch, panels.training_picture(engine.module, pixels, target=target, normalization=colours)
-        )
+        run.log.picture(epoch, training_picture(engine.module, pixels, target=target, normalization=colours))
 
     return draw
 
@@ -189,7 +187,7 @@ def train(session: Session, model_settings: dict, videos: VideoList) -> None:
         colours=colours,
         schedule=build_schedule(args, args.batch_size * args.update_freq * world.size, steps_per_epoch),
         seed=args.seed,
-        after_epoch=build_picture_drawer(args.vis_freq, run, engine, loader, target, colours),
+        after_epoch=picture_drawer(args.vis_freq, run, engine, loader, target, colours),
     )
 
 

@@ -67,11 +67,8 @@ def resume_best(run: TrainingRun, *, resumed_from: str) -> BestCheckpoint:
     """
     value, folder, console = run.kept.get("best", NO_BEST), run.checkpoints.folder, run.console
     if value["top1"] >= 0 and folder is not None:
-        if (
-            run.world.is_main
-            and not (folder / BEST).is_file()
-            and not copy_best(value, resumed_from, folder, console)
-        ):
+        found = not run.world.is_main or (folder / BEST).is_file()
+        if not found and not copy_best(value, resumed_from, folder, console):
             console.warn(f"the file of the best so far, {value['top1']:.2f}, is not there: the best starts anew")
             value = NO_BEST
         value = broadcast_from_main(value, run.world.device)

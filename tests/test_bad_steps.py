@@ -114,13 +114,13 @@ def test_the_videos_of_skipped_steps_are_written_down_once(tmp_path):
     book = BadBatches(output_dir=str(tmp_path), videos=videos, world=World(CPU, 0, 1), warn=pytest.fail)
     book.add(torch.tensor(1.0), torch.tensor([0, 1]))
     book.add(torch.tensor(math.nan), torch.tensor([2, 3]))
-    book.step_done(7, torch.tensor(1.0))  # one of two accumulated batches
+    book.close_step(7, torch.tensor(1.0))  # one of two accumulated batches
     book.add(torch.tensor(2.0), torch.tensor([4, 5]))
-    book.step_done(8, torch.tensor(0.0))
+    book.close_step(8, torch.tensor(0.0))
     book.write()
     book.forget()
     book.add(torch.tensor(3.0), torch.tensor([1, 4]))
-    book.step_done(9, torch.tensor(1.0))  # only its gradient was not finite: all its videos
+    book.close_step(9, torch.tensor(1.0))  # only its gradient was not finite: all its videos
     book.write()
     rows = list(csv.reader((tmp_path / "bad_batches.csv").open()))
     assert rows[0] == ["step", "rank", "loss", "path"]

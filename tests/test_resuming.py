@@ -16,13 +16,14 @@ import torch
 from programs import start, start_process
 from videos import write_video
 
-import finetuning
+import engine_for_finetuning
 import run_class_finetuning
 import run_mae_pretraining
-from runs import resuming as saving
 from runs.checkpoints import LAST, newest_checkpoint
-from runs.logs import Console, RunLog
+from runs.console import Console
+from runs.logs import RunLog
 from runs.signals import SAVED
+from runs.version import code_version
 
 STEPS = 4  # an epoch
 COMMON = [
@@ -157,7 +158,7 @@ def test_a_checkpoint_tells_where_and_by_what_it_was_made(data, tmp_path, monkey
     assert expected | {"args", "model_settings", "version"} == set(state)
     layout = {"num_videos": 9, "seed": 0, "world_size": 1, "batch_size": 2, "update_freq": 1}
     assert state["layout"] == layout
-    assert state["version"] == saving.code_version()
+    assert state["version"] == code_version()
 
 
 def test_a_signal_during_validation_repeats_the_validation(data, straight, tmp_path, monkeypatch):
@@ -167,7 +168,7 @@ def test_a_signal_during_validation_repeats_the_validation(data, straight, tmp_p
         return {"top1": 100.0, "top5": 100.0, "loss": 0.0}  # of a validation cut short: must not count
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "validate", validate)
+        patch.setattr(engine_for_finetuning, "validate", validate)
         stopped = run("finetuning", data, tmp_path)
     assert stopped.returncode == SAVED and f"after {STEPS} of {STEPS} batches" in stopped.stderr
     assert run("finetuning", data, tmp_path).returncode == 0

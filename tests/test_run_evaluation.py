@@ -12,11 +12,11 @@ from videos import write_video
 
 from engine_for_finetuning import validate
 from evaluation import Scores, accuracies, confusion_matrix, fuse_views
-from finetuning import keep_best
 from modeling_finetune import create_classifier
 from modeling_pretrain import create_pretrain_model
 from probes import make_probe
 from run_class_finetuning import main
+from runs.best import BestCheckpoint
 from runs.checkpoints import CheckpointError
 from weights import tested
 
@@ -185,12 +185,17 @@ def test_the_best_moves_with_a_resumed_checkpoint_or_starts_anew(data, tmp_path)
 def test_a_validation_that_is_not_finite_is_never_the_best(capsys):
     written = []
     checkpoints = SimpleNamespace(folder="out", write=lambda *args, **how: written.append(args) or True)
-    console = SimpleNamespace(say_error=print)
+    console = SimpleNamespace(warn_once=print)
     found = {"model": {"loss": float("nan"), "top1": 90.0}, "ema": {"loss": 1.0, "top1": 50.0}}
-    trained = SimpleNamespace(console=console, checkpoints=checkpoints)
-    assert keep_best(trained, found, {"top1": 40.0, "epoch": 0}, 1)["source"] == "ema"
+
+    def best_after(found: dict, before: dict) -> dict:
+        best = BestCheckpoint(before, checkpoints=checkpoints, console=console)
+        best.update(1, found)
+        return best.value
+
+    assert best_after(found, {"top1": 40.0, "epoch": 0})["source"] == "ema"
     assert len(written) == 1 and "model" in capsys.readouterr().out
-    assert keep_best(trained, {"model": found["model"]}, {"top1": -1.0}, 1) == {"top1": -1.0}
+    assert best_after({"model": found["model"]}, {"top1": -1.0}) == {"top1": -1.0}
     assert len(written) == 1
 
 
@@ -198,8 +203,10 @@ def test_a_best_checkpoint_that_could_not_be_written_is_not_remembered():
     found, before = {"model": {"loss": 1.0, "top1": 50.0}}, {"top1": 40.0, "epoch": 0, "source": "model"}
     full_disk = SimpleNamespace(folder="out", write=lambda *args, **how: False)
     nothing_kept = SimpleNamespace(folder=None, write=lambda *args, **how: False)
-    assert keep_best(SimpleNamespace(checkpoints=full_disk), found, before, 1) == before
-    assert keep_best(SimpleNamespace(checkpoints=nothing_kept), found, before, 1)["top1"] == 50.0
+    for checkpoints, remembered in ((full_disk, before["top1"]), (nothing_kept, 50.0)):
+        best = BestCheckpoint(before, checkpoints=checkpoints, console=None)
+        best.update(1, found)
+        assert best.value["top1"] == remembered
 
 
 # --- numbers that are none, and videos that can't be read ---
@@ -221,7 +228,7 @@ def test_a_validation_counts_what_is_not_finite_as_wrong():
     logits = torch.tensor([[3.0, 0], [float("nan"), 0]])
     engine = SimpleNamespace(device=torch.device("cpu"), evaluate=lambda clips, ema: logits)
     batch = {"clips": torch.zeros(2, 1, 3, 2, 4, 4, dtype=torch.uint8), "label": torch.tensor([0, 0]), "bad": []}
-    found = validate(engine, [batch], normalization=((0.5,) * 3, (0.5,) * 3))
+    found = validate(engine, [batch], colours=((0.5,) * 3, (0.5,) * 3))
     assert found["top1"] == found["top5"] == 50 and not np.isfinite(found["loss"])
 
 

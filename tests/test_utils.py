@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runs.logs import Console, Meters, readable_time
+from runs.console import Console, readable_time
+from runs.meters import Meters
 from runs.processes import start_world, unused_part
 from utils import World, seed_all
 
