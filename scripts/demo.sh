@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole way on an embedded default: makes demo videos, pre-trains AdaMAE on them and, beside it, the same with
-# random masking, draws what the sampler does, and fine-tunes both and a model from scratch with the same steps.
-# Stopping it and starting it again goes on where it was.
+# The whole pipeline on a toy data set: makes demo videos, pre-trains on them with AdaMAE and, in parallel, with random
+# masking, visualises the sampler, and fine-tunes both models and one from scratch for the same number of steps.
+# An interrupted demo resumes when rerun.
 #
 #   bash scripts/demo.sh
 #   SEED=1 OUTPUT_DIR=output/demo-1 bash scripts/demo.sh
@@ -13,21 +13,21 @@ PYTHON=.venv/bin/python
 OUT=${OUTPUT_DIR:-output/demo}
 SEED=${SEED:-0}
 SECONDS=0
-export OMP_NUM_THREADS=1 # two programs at a time share two cores in peace
+export OMP_NUM_THREADS=1 # two programs run at a time, one core each
 
-# Float32, because so small a model is no faster in bfloat16 on most CPUs.
+# float32, since a model this small is no faster in bfloat16 on most CPUs.
 common=(
     --input_size 32 --pos_embed sinusoid_3d --num_frames 16 --sampling_rate 1 --amp off --decoder pyav
     --num_workers 1 --save_ckpt_freq 1 --seed "$SEED"
 )
-# A small AdaMAE: 128 tokens, of which 19 are visible; 6 epochs of 250 steps of 8 videos x 2 clips.
+# A small AdaMAE: 19 of 128 tokens visible; 6 epochs of 250 steps of 8 videos x 2 clips.
 pretrain=(
     $PYTHON run_mae_pretraining.py "${common[@]}" --model pretrain_videomae_tiny_patch8_64 --decoder_depth 2
     --mask_ratio 0.85 --batch_size 8 --num_sample 2 --epochs 6 --warmup_steps 160 --lr 0.032 --min_lr 0.0016
     --warmup_epochs 1 --opt_betas 0.9 0.95 --vis_freq 2 --log_freq 50 --data_path "$OUT/videos/train.csv"
 )
-# 2 epochs of 125 steps of 16 clips, at a rate of 0.003 that halves with every layer down; nothing but the crop
-# augments, for the motion is the label. The test takes three crops of each video.
+# 2 epochs of 125 steps of 16 clips, at a learning rate of 0.003, halved with every layer down; the crop is the only
+# augmentation, since the motion is the label. The test uses three crops per video.
 finetune=(
     $PYTHON run_class_finetuning.py "${common[@]}" --model vit_tiny_patch8_64 --slot_pooling --init_scale 1
     --drop_path 0 --batch_size 16 --num_sample 1 --epochs 2 --warmup_steps 40 --lr 0.048 --min_lr 0.00048
@@ -36,28 +36,28 @@ finetune=(
     --labels "$OUT/videos/labels.txt" --short_side_size 36 --test_num_segment 1 --test_num_crop 3
 )
 
-beside() { # beside NAME COMMAND...: starts it in the background, its output in NAME.log
+beside() { # beside NAME COMMAND...: runs the command in the background, with output in NAME.log
     beside=$OUT/$1.log
     "${@:2}" >"$beside" 2>&1 &
     job=$!
 }
-join() { wait $job || { tail "$beside" >&2; exit 1; }; } # waits for what was started by `beside`
+join() { wait $job || { tail "$beside" >&2; exit 1; }; } # waits for the job started by `beside`
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT # Ctrl-C stops both
 
-echo "demo 1/5: videos of ten motions"
+echo "demo 1/5: making videos of ten motion classes"
 $PYTHON tools/make_demo_videos.py --output "$OUT/videos" --num_test 1000 --seed "$SEED"
 
-echo "demo 2/5: pre-training with adaptive masking; beside it with random masking (its output: $OUT/random.log)"
+echo "demo 2/5: pre-training with adaptive masking; in parallel with random masking (log: $OUT/random.log)"
 beside random "${pretrain[@]}" --mask_type random --output_dir "$OUT/random"
 "${pretrain[@]}" --mask_type adaptive --output_dir "$OUT/adaptive"
 join
 
-echo "demo 3/5: fine-tuning from AdaMAE; beside it from scratch (its output: $OUT/finetuned_scratch.log)"
+echo "demo 3/5: fine-tuning from AdaMAE; in parallel from scratch (log: $OUT/finetuned_scratch.log)"
 beside finetuned_scratch "${finetune[@]}" --output_dir "$OUT/finetuned_scratch"
 "${finetune[@]}" --finetune "$OUT/adaptive/checkpoint-5.pth" --output_dir "$OUT/finetuned_adaptive"
 join
 
-echo "demo 4/5: the pictures and the report on pre-training; beside them fine-tuning from random masking"
+echo "demo 4/5: pictures and pre-training report; in parallel, fine-tuning from random masking"
 beside finetuned_random "${finetune[@]}" --finetune "$OUT/random/checkpoint-5.pth" --output_dir "$OUT/finetuned_random"
 $PYTHON tools/visualize.py --model "$OUT/adaptive/checkpoint-5.pth" --list "$OUT/videos/test.csv" \
     --num_clips 6 --compare_masks --output "$OUT/pictures"
@@ -65,7 +65,7 @@ $PYTHON tools/demo_report.py --data "$OUT/videos/test.csv" --output "$OUT" \
     --models "adaptive=$OUT/adaptive" "random=$OUT/random"
 join
 
-echo "demo 5/5: what pre-training is worth"
+echo "demo 5/5: comparing the fine-tuned models"
 $PYTHON tools/demo_table.py --output "$OUT" --runs "from AdaMAE=$OUT/finetuned_adaptive" \
     "from random masking=$OUT/finetuned_random" "from scratch=$OUT/finetuned_scratch"
-echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: look at report.png, finetuning.png and pictures/ in $OUT"
+echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; see report.png, finetuning.png and pictures/ in $OUT"

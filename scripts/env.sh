@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes .venv at the top of the repository and installs the pinned requirements into it.
+# Creates .venv at the top of the repository and installs the pinned requirements into it.
 #
-#   bash scripts/env.sh            everything: the programs and their tests
-#   bash scripts/env.sh runtime    what the programs need, without the tests' packages
+#   bash scripts/env.sh            everything: requirements of the programs and the tests
+#   bash scripts/env.sh runtime    requirements of the programs only
 #
-# Needs python3 (3.10-3.12; PYTHON=... names another one) and the package registry. Repeating it costs nothing;
-# interrupting it does no harm: an installation that did not end is made anew.
+# Needs python3 (3.10-3.12; set PYTHON=... to use another one) and access to the package registry. It does nothing if
+# the environment is up to date, and rebuilds it after an interrupted installation.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,7 +14,7 @@ fail() { echo "env.sh: $*" >&2; exit 1; }
 case "${1:-all}" in
     all) files=(requirements.txt requirements-test.txt) ;;
     runtime) files=(requirements.txt) ;;
-    *) fail "unknown argument '$1': give 'runtime', or nothing for everything" ;;
+    *) fail "unknown argument '$1': use 'runtime', or no argument for everything" ;;
 esac
 
 candidates=(python3 python3.12 python3.11 python3.10)
@@ -29,19 +29,19 @@ find_python() {
         fi
     done
     fail "no Python 3.10, 3.11 or 3.12 found (tried: ${candidates[*]}):" \
-        "install one, or name it: PYTHON=/path/to/python3.11 bash scripts/env.sh"
+        "install one, or set PYTHON=/path/to/python3.11"
 }
 
 make_venv() {
     local python
     python=$(find_python)
-    echo "env.sh: making .venv with $("$python" --version)"
+    echo "env.sh: creating .venv with $("$python" --version)"
     rm -rf .venv
     mkdir .venv
     touch .venv/.unfinished
     "$python" -m venv .venv ||
-        fail "'$python -m venv' failed, see above. Debian and Ubuntu ship it as a package of its own:" \
-            "have python3-venv installed, or name a complete Python with PYTHON=..."
+        fail "'$python -m venv' failed, see above. Debian and Ubuntu package it separately:" \
+            "install python3-venv, or set PYTHON=... to a complete Python"
 }
 
 stamp() { cksum "$1"; } # checksum, size and name of one requirements file
@@ -57,7 +57,7 @@ install_requirements() {
     fi
     echo "env.sh: installing ${files[*]}"
     "$uv" pip install --python .venv/bin/python "${files[@]/#/--requirement=}" ||
-        fail "the installation failed, see above; run this again once the cause is gone"
+        fail "installation failed, see above; fix the cause and rerun"
     for file in "${files[@]}"; do stamp "$file" >".venv/.installed-$file"; done
     rm .venv/.unfinished
 }
@@ -70,5 +70,5 @@ main() {
     done
 }
 
-# Two of these at once (the demo beside the tests) take turns, where the system has flock.
+# Concurrent runs (the demo and the tests) take turns, if the system has flock.
 (if command -v flock >/dev/null; then flock 9; fi; main) 9<requirements.txt

@@ -1,26 +1,26 @@
 # shellcheck shell=bash
-# Sourced by the recipes: how one experiment is started, wherever it runs. The recipe sets
-#   TOTAL_BATCH   videos per optimiser step, over all GPUs; empty where nothing is trained
-#   BATCH_SIZE    videos per GPU at once; the environment's value wins
+# Sourced by the recipes: launches one experiment with torchrun or srun. The recipe sets
+#   TOTAL_BATCH   videos per optimiser step, over all GPUs; empty if nothing is trained
+#   BATCH_SIZE    per-GPU batch in videos; the environment overrides it
 # and calls `pretrain`, `finetune`, `probe` or `evaluate` with FLAGS... "$@".
 #
 # From the environment:
-#   DATA_PATH     list file of the training videos; for all but `pretrain` the folder of train.csv, val.csv and
-#                 test.csv (needed; see DATASET.md)
-#   MODEL         for all but `pretrain`: the checkpoint to start from or to test (needed; see FINETUNE.md)
+#   DATA_PATH     list of training videos; except for `pretrain` the folder of train.csv, val.csv and test.csv
+#                 (required; see DATASET.md)
+#   MODEL         except for `pretrain`: the checkpoint to start from or to test (required; see FINETUNE.md)
 #   OUTPUT_DIR    checkpoints and logs; default output/<folder>/<recipe>, with SEED output/<folder>/<recipe>-seed<SEED>
-#   SEED          seed of the run, where it is not to be the program's default
-#   DRY_RUN=1     print the command, run nothing
-#   PYTHON        interpreter; default .venv/bin/python where it is there, else python3
-# On one machine or several (torchrun; start the same recipe on every machine):
-#   NPROC_PER_NODE  processes here, default one per GPU; NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
-#   MAX_RESTARTS    times that all processes start again, from the last checkpoint, after one died; default 0
-# In a SLURM job (srun; see scripts/slurm.sh) the job's own variables say all of it. After a signal the processes save
-# and leave with status 75 one by one, so srun must not end the others with the first (--kill-on-bad-exit); after a
-# failure they end within --dist_timeout, or --wait seconds after the first is gone.
+#   SEED          overrides the program's default seed
+#   DRY_RUN=1     prints the command, runs nothing
+#   PYTHON        interpreter; default .venv/bin/python if it exists, else python3
+# On one or several machines (torchrun; run the same recipe on every machine):
+#   NPROC_PER_NODE  processes on this machine, default one per GPU; NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
+#   MAX_RESTARTS    how often all processes are restarted from the last checkpoint after one dies; default 0
+# In a SLURM job (srun; see scripts/slurm.sh) the job's own variables are used. After a signal the processes save and
+# exit with status 75 one by one, so srun must not kill the others with the first (--kill-on-bad-exit); after a
+# failure they exit within --dist_timeout, or --wait seconds after the first has exited.
 #   LAUNCHER=torchrun|srun overrides the choice between the two.
 #
-# Fewer GPUs take the same optimiser steps: the videos that do not fit at once are accumulated
+# With fewer GPUs the optimiser steps stay the same, through gradient accumulation:
 #   update_freq = TOTAL_BATCH / (GPUs x BATCH_SIZE)
 set -euo pipefail
 
@@ -36,7 +36,7 @@ fail() {
     exit 1
 }
 
-# Sets `command` to what starts the processes and `gpus` to their number.
+# Sets `command` to the launcher's command line and `gpus` to the number of processes.
 choose_torchrun() {
     local here=${NPROC_PER_NODE:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
     local nodes=${NNODES:-1}
@@ -54,13 +54,13 @@ choose_torchrun() {
 
 choose_srun() {
     gpus=${SLURM_NTASKS:-$((${SLURM_NNODES:-1} * ${SLURM_NTASKS_PER_NODE:-0}))}
-    ((gpus > 0)) || fail "the SLURM job names no tasks: give sbatch --ntasks-per-node=<GPUs of a node>"
+    ((gpus > 0)) || fail "the SLURM job sets no number of tasks: pass --ntasks-per-node=<GPUs per node> to sbatch"
     command=(srun "--ntasks=$gpus" --kill-on-bad-exit=0 --wait=120)
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then command+=("--cpus-per-task=$SLURM_CPUS_PER_TASK"); fi
     command+=("$PYTHON")
 }
 
-# Sets `update_freq`, and `batch` to what a step sees.
+# Sets `update_freq`, and `batch` to a description of the batch of one step.
 share_batch() {
     local at_once=$((gpus * BATCH_SIZE))
     update_freq=1
@@ -75,16 +75,16 @@ share_batch() {
     batch+=" x $update_freq accumulated = $TOTAL_BATCH"
 }
 
-# launch PROGRAM FLAGS...: PROGRAM is relative to the repository; of a flag given twice the last one counts.
+# launch PROGRAM FLAGS...: PROGRAM is relative to the repository; if a flag is repeated, the last one counts.
 launch() {
     local launcher=torchrun program=$ROOT/$1 gpus update_freq batch command
     shift
     [[ -n ${DATA_PATH:-} ]] ||
-        fail "DATA_PATH is not set: the list of videos to pre-train on, else the folder of train.csv, val.csv and" \
+        fail "DATA_PATH is not set: the list of pre-training videos, or else the folder of train.csv, val.csv and" \
             "test.csv (DATASET.md)"
     OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/output/$RECIPE${SEED:+-seed$SEED}}
 
-    # Inside a step of srun (SLURM_STEP_ID) another srun would wait for the step's own resources for ever.
+    # Inside an srun step (SLURM_STEP_ID) another srun would wait forever for the step's own resources.
     if [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then launcher=srun; fi
     case "${LAUNCHER:-$launcher}" in
         srun) choose_srun ;;
@@ -105,17 +105,17 @@ launch() {
     fi
 }
 
-# What all pre-training recipes share; weight decay 0.05, warm-up of 40 epochs, base learning rate 1.5e-4 (per 256
-# clips) and AdamW are the program's defaults.
+# Shared by all pre-training recipes; weight decay 0.05, 40 warm-up epochs, base learning rate 1.5e-4 (per 256 clips)
+# and AdamW are the program's defaults.
 pretrain() { launch run_mae_pretraining.py --opt_betas 0.9 0.95 "$@"; }
 
-# finetune FLAGS...: trains a classifier that starts from MODEL, and tests it. What the recipes share is the program's
-# default: AdamW with betas 0.9 and 0.999, weight decay 0.05, layer decay 0.75, drop path 0.1, warm-up of 5 epochs,
-# RandAugment, random erasing, Mixup and CutMix, label smoothing 0.1, and the data set's views.
+# finetune FLAGS...: fine-tunes a classifier from MODEL and tests it. The settings that all recipes share are the
+# program's defaults: AdamW with betas 0.9 and 0.999, weight decay 0.05, layer decay 0.75, drop path 0.1, 5 warm-up
+# epochs, RandAugment, random erasing, Mixup and CutMix, label smoothing 0.1, and the data set's views.
 finetune() {
     local start=""
     if [[ ${MODEL:-} != scratch ]]; then
-        need_model "the pre-trained checkpoint to start from, or the word scratch"
+        need_model "the pre-trained checkpoint to start from, or 'scratch'"
         start=$MODEL
     fi
     launch run_class_finetuning.py --finetune "$start" "$@"

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Any recipe as a SLURM job, one task per GPU. The variables of scripts/launch.sh hold here too:
+# Submits any recipe as a SLURM job, one task per GPU. The variables of scripts/launch.sh apply here too:
 #
 #   DATA_PATH=... bash scripts/slurm.sh --nodes 8 --partition gpu --time 24:00:00 RECIPE [FLAGS of the program]
 #   DATA_PATH=... bash scripts/slurm.sh --nodes 4 --array scripts/ssv2/pretrain_*.sh
 #   DATA_PATH=... MODEL=... bash scripts/slurm.sh --nodes 1 --seeds 0,1,2 RECIPE
-#   DATA_PATH=... sbatch scripts/slurm.sh RECIPE [FLAGS]       the same job with the settings below
+#   DATA_PATH=... sbatch scripts/slurm.sh RECIPE [FLAGS]       the same, with the #SBATCH settings below
 #
 #   --nodes N, --gpus N (per node), --cpus N (per GPU)     8, 8 and 12
 #   --partition P, --account A, --time T                   default: the cluster's
-#   --array             several recipes, each as a task of one array job; OUTPUT_DIR must be left to the recipes
-#   --seeds 0,1,2       every recipe with each of these seeds, as tasks of an array job too
-#   --at_once N         tasks of an array that may run at the same time
+#   --array             several recipes, each a task of one array job; leave OUTPUT_DIR unset
+#   --seeds 0,1,2       each recipe with each of these seeds, also as tasks of an array job
+#   --at_once N         maximum number of array tasks running at the same time
 #   --name=value        any other option of sbatch, e.g. --constraint=a100
-#   --dry_run           prints the command, the job's script and what each task would run; submits nothing
+#   --dry_run           prints the command, the job script and the command of each task; submits nothing
 #
-# 120 seconds before the time limit SLURM sends USR1 to the program's processes, which save and leave with status 75;
-# the job is then requeued and goes on from there. After a preemption or a failed node SLURM requeues it by itself.
+# 120 seconds before the time limit SLURM sends USR1 to the program's processes, which save and exit with status 75;
+# the job is then requeued and resumes. After a preemption or a node failure SLURM requeues it by itself.
 #SBATCH --job-name=video-mae
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -32,7 +32,7 @@ fail() {
     exit 1
 }
 
-# run_job [--seeds LIST] RECIPE... [FLAGS...]: the recipe, and the seed, that are this task's in the array.
+# run_job [--seeds LIST] RECIPE... [FLAGS...]: runs the recipe and seed of this array task.
 run_job() {
     local seeds=("") recipes=() task=${SLURM_ARRAY_TASK_ID:-0} job=$SLURM_JOB_ID status=0
     if [[ ${1:-} == --seeds ]]; then
@@ -46,12 +46,12 @@ run_job() {
     ((${#recipes[@]})) || fail "name the recipe to run, for instance scripts/ssv2/pretrain_adamae_base_800e.sh"
     ((task < ${#recipes[@]} * ${#seeds[@]})) || fail "no recipe for task $task of the array"
     if [[ -n ${seeds[task % ${#seeds[@]}]} ]]; then export SEED=${seeds[task % ${#seeds[@]}]}; fi
-    # SLURM_JOB_ID of an array's last task is the number of the whole array.
+    # For the last task of an array, SLURM_JOB_ID is the ID of the whole array.
     if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$task; fi
 
     bash "${recipes[task / ${#seeds[@]}]}" "$@" || status=$?
     if ((status == 75)); then
-        echo "slurm.sh: saved after a signal; job $job is requeued" >&2
+        echo "slurm.sh: saved after a signal; requeueing job $job" >&2
         scontrol requeue "$job"
     fi
     exit "$status"
@@ -63,7 +63,7 @@ fi
 
 # --- from here on: submitting ---------------------------------------------------------------------------------
 
-# The commands of all tasks, as the job will work them out; ends with what a recipe finds missing.
+# Prints the commands of all tasks, as the job will compute them; exits with a recipe's error about a missing setting.
 show_tasks() {
     local task
     for ((task = 0; task < tasks; task++)); do
@@ -84,14 +84,14 @@ while [[ ${1:-} == --* ]]; do
         --nodes=* | --gpus=* | --cpus=* | --at_once=* | --seeds=*)
             set -- "${1%%=*}" "${1#*=}" "${@:2}"
             ;;
-        --array=* | --ntasks*) fail "$1 is worked out here: give --nodes, --gpus, --array and --seeds" ;;
+        --array=* | --ntasks*) fail "$1 is worked out here: use --nodes, --gpus, --array and --seeds" ;;
         --?*=*)
             options+=("$1")
             shift
             continue
             ;;
         --nodes | --gpus | --cpus | --at_once | --partition | --account | --time | --seeds) ;;
-        *) fail "unknown option $1; other options of sbatch are written --name=value" ;;
+        *) fail "unknown option $1; write other sbatch options as --name=value" ;;
     esac
     [[ -n ${2:-} ]] || fail "$1 needs a value"
     case $1 in
@@ -118,7 +118,7 @@ done
 ((${#recipes[@]} == 1)) || [[ -n $array ]] || fail "${#recipes[@]} recipes: --array makes them tasks of one job"
 tasks=$((${#recipes[@]} * (${#seeds[@]} ? ${#seeds[@]} : 1)))
 ((tasks == 1)) || [[ -z ${OUTPUT_DIR:-} ]] ||
-    fail "OUTPUT_DIR=$OUTPUT_DIR would be one folder for $tasks runs: unset it, each recipe has its own"
+    fail "OUTPUT_DIR=$OUTPUT_DIR would be one folder for $tasks runs: unset it, since each recipe has its own"
 
 name=$(basename "$(dirname "${recipes[0]}")")-$(basename "${recipes[0]}" .sh)
 command=(sbatch "--job-name=$name" "--nodes=$nodes" "--ntasks-per-node=$gpus" "--gpus-per-node=$gpus")
@@ -128,10 +128,10 @@ if [[ -n $array ]] || ((tasks > 1)); then
 fi
 command+=("${options[@]}" "$0" "${arguments[@]}")
 
-shown=$(show_tasks) # also before submitting: a setting that is missing is told now, not when the job starts
+shown=$(show_tasks) # also before submitting, so that a missing setting is reported now, not when the job starts
 if [[ -n $dry_run ]]; then
     printf '%q ' "${command[@]}"
-    printf '\n\n# The script of the job:\n'
+    printf '\n\n# The job script:\n'
     sed '/^# --- from here on/,$d' "$0"
     printf '# What its tasks run:\n%s\n' "$shown"
 else

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The environment, lint, format and the whole test suite. Arguments go to pytest:
+# Sets up the environment, then runs lint, format check and the whole test suite. Arguments go to pytest:
 #
 #   bash scripts/test.sh
 #   bash scripts/test.sh tests/test_scripts.py -k batch
@@ -12,6 +12,6 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
 
-# Two processes of one thread each: the tests' tensors are too small to gain from more threads.
+# Two processes with one thread each: the tests' tensors are too small to benefit from more.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python -m pytest -n 2 "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # VideoMAE, ViT-H, Kinetics-400: 50 epochs from the checkpoint of pretrain_videomae_huge_1600e.sh.
 # 64 GPUs x 8 = 512 videos a step.
-# 2 augmented copies of each video, so 16 clips a GPU; the learning rate counts videos.
+# 2 augmented copies of each video, so 16 clips per GPU; the learning rate scales with videos.
 # To reproduce: 86.6 / 97.1 top-1 / top-5, 5 x 3 views (VideoMAE model zoo).
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 TOTAL_BATCH=512

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # VideoMAE, ViT-S, Something-Something V2: 40 epochs from the checkpoint of pretrain_videomae_small_2400e.sh.
 # 32 GPUs x 12 = 384 videos a step.
-# 2 augmented copies of each video, so 24 clips a GPU; the learning rate counts videos.
+# 2 augmented copies of each video, so 24 clips per GPU; the learning rate scales with videos.
 # To reproduce: 66.8 / 90.3 top-1 / top-5, 2 x 3 views (VideoMAE model zoo).
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 TOTAL_BATCH=384

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Attentive probe of a ViT-B on Something-Something V2: the head and schedule of V-JEPA's frozen evaluation (Bardes et
-# al., 2024), on one clip of a video in place of two.
+# al., 2024), on one clip per video instead of two.
 # 64 GPUs x 4 = 256 videos a step.
-# To reproduce: nothing; no number of this protocol is published.
+# To reproduce: no number is published for this protocol.
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 TOTAL_BATCH=256
 BATCH_SIZE=${BATCH_SIZE:-4}

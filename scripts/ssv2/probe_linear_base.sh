@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Linear probe of a ViT-B on Something-Something V2: MAE's protocol (He et al., 2022, appendix A.1), with 1024 videos a
-# step in place of 16384 pictures.
+# step instead of 16384 images.
 # 8 GPUs x 128 = 1024 videos a step.
-# To reproduce: nothing; no number of this protocol is published.
+# To reproduce: no number is published for this protocol.
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 TOTAL_BATCH=1024
 BATCH_SIZE=${BATCH_SIZE:-128}

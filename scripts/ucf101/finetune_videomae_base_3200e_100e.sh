@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # VideoMAE, ViT-B, UCF101: 100 epochs from the checkpoint of pretrain_videomae_base_3200e.sh.
 # 8 GPUs x 16 = 128 videos a step.
-# 2 augmented copies of each video, so 32 clips a GPU; the learning rate counts videos.
+# 2 augmented copies of each video, so 32 clips per GPU; the learning rate scales with videos.
 # To reproduce: 91.3 / 98.5 top-1 / top-5, 5 x 3 views (VideoMAE model zoo).
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 TOTAL_BATCH=128
