@@ -10,7 +10,7 @@ from torch import nn
 
 from modeling_finetune import MAE_ST, Size, VisionTransformer
 from modeling_pretrain import PretrainVisionTransformer
-from optim import Engine, cosine_schedule, cosine_schedule_by_epoch, create_optimizer, parameter_groups
+from optim import Engine, cosine_schedule, create_optimizer, parameter_groups
 from probes import make_probe
 
 TABLES = table("optim_tables")
@@ -42,27 +42,9 @@ def test_schedules_equal_the_published_tables(name):
     np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
 
 
-@needs_golden
-@pytest.mark.parametrize("name", [n for n, s in SCHEDULES.items() if "lr" in s])
-def test_schedules_by_epoch_equal_the_published_tables(name):
-    s = SCHEDULES[name]
-    ours = [
-        cosine_schedule_by_epoch(
-            step / s["steps_per_epoch"],
-            peak=s["lr"],
-            final=s["min_lr"],
-            epochs=s["epochs"],
-            warmup_epochs=s["warmup_epochs"],
-        )
-        for step in range(s["epochs"] * s["steps_per_epoch"])
-    ]
-    np.testing.assert_allclose(ours, arrays("schedules")[name], rtol=1e-12, atol=1e-15)
-
-
 def test_the_schedules_never_run_out():
     value = cosine_schedule(10_000, peak=1.0, final=0.1, total_steps=100, warmup_steps=10)
     assert value == pytest.approx(0.1)
-    assert cosine_schedule_by_epoch(31.0, peak=1.0, final=0.1, epochs=30) == pytest.approx(0.1)
 
 
 @needs_golden

@@ -203,10 +203,10 @@ def test_a_best_checkpoint_that_could_not_be_written_is_not_remembered():
     found, before = {"model": {"loss": 1.0, "top1": 50.0}}, {"top1": 40.0, "epoch": 0, "source": "model"}
     full_disk = SimpleNamespace(folder="out", write=lambda *args, **how: False)
     nothing_kept = SimpleNamespace(folder=None, write=lambda *args, **how: False)
-    for checkpoints, remembered in ((full_disk, before["top1"]), (nothing_kept, 50.0)):
-        best = BestCheckpoint(before, checkpoints=checkpoints, console=None)
-        best.update(1, found)
-        assert best.value["top1"] == remembered
+    best, unsaved = (BestCheckpoint(before, checkpoints=c, console=None) for c in (full_disk, nothing_kept))
+    best.update(1, found)
+    unsaved.update(1, found)
+    assert best.value == before and unsaved.value["top1"] == 50.0
 
 
 # --- numbers that are none, and videos that can't be read ---

@@ -248,7 +248,7 @@ def test_lists_without_a_readable_video_or_with_a_bad_line(tmp_path):
 
 
 def test_every_flag_is_read():
-    """Each flag's name stands in the program or in what it shares, as `args.<name>`; resuming reads its own by name."""
+    """Each flag's name stands in the program or in what it shares; resuming reads its own by name."""
     files = (PROGRAM, "runs/flags.py", "runs/assembly.py", "runs/resuming.py")
     source = "".join((ROOT / name).read_text() for name in files)
     for action in get_args_parser()._actions:
