@@ -26,7 +26,8 @@ from clips.frame_indices import (
 from clips.isolation import Isolated
 from clips.lists import VideoList
 from clips.transforms import ClipTransform, EvenCrops
-from clips.video import Video, VideoError, open_video
+from clips.video import Video, open_video
+from clips.video_index import VideoError
 
 # --- the table of data sets ---------------------------------------------------------------------------------
 

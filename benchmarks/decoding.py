@@ -23,11 +23,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from clips.decoders import DECODERS, resolve_decoder
 from clips.frame_indices import pretrain_clip
 from clips.lists import read_list
 from clips.transforms import build_pretrain_transform
-from clips.video import DECODERS, open_video, resolve_decoder
+from clips.video import open_video
 from datasets import PretrainDataset
+from utils import SettingError
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "prepare_videos.py"
 FPS, CLIP, STRIDE = 30, 16, 4
@@ -110,7 +112,7 @@ def report(sources: Path, prepared: Path, repeats: int) -> None:
     for decoder in DECODERS:
         try:
             resolve_decoder(decoder)
-        except RuntimeError as error:
+        except SettingError as error:
             print(f"| {decoder} | not measured: {error.__cause__} | | | | | |")
             continue
         before, after = (measure(folder, decoder, repeats) for folder in (sources, prepared))

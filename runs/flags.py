@@ -8,8 +8,8 @@ from tempfile import TemporaryFile
 import torch
 from torch import nn
 
+from clips.decoders import resolve_decoder
 from clips.lists import VideoList
-from clips.video import resolve_decoder
 from optim import Engine, cosine_schedule, create_optimizer, resolve_amp
 from runs.bad_steps import BadBatches
 from runs.bad_videos import BadVideos
@@ -131,10 +131,7 @@ def check_common(args: argparse.Namespace, *more_counts: str) -> None:
             TemporaryFile(dir=args.output_dir).close()
         except OSError as error:
             raise ValueError(f"--output_dir {args.output_dir} can't be written to: {error}") from error
-    try:
-        resolve_decoder(args.decoder)
-    except RuntimeError as error:
-        raise ValueError(f"--decoder {args.decoder}: {error}") from error
+    resolve_decoder(args.decoder)
 
 
 def build_schedule(

@@ -9,11 +9,13 @@ import torch
 from videos import BROKEN, KINDS, read_numbers, write_broken, write_kind, write_video
 
 import datasets
+from clips.decoders import DECODERS, resolve_decoder
 from clips.lists import ListError, check_readable, parse_line, read_list
 from clips.transforms import build_pretrain_transform
-from clips.video import DECODERS, VideoError, resolve_decoder
+from clips.video_index import VideoError
 from datasets import NoReadableVideoError, PretrainDataset
 from loaders import EpochSampler, build_pretraining_loader, build_training_loader
+from utils import SettingError
 
 FRAMES, RATE = 4, 3  # a clip spans 12 of the 30 frames
 TRANSFORM = build_pretrain_transform("random_resized", size=16)
@@ -478,7 +480,7 @@ def test_workers_and_ranks_change_no_byte(videos):
 def test_workers_decode_after_the_training_process_has(videos, decoder):
     try:
         resolve_decoder(decoder)
-    except RuntimeError as error:
+    except SettingError as error:
         pytest.skip(str(error))
     check_readable(videos, decoder)
     batches = list(loader(videos, batch_size=4, num_workers=2, decoder=decoder))
