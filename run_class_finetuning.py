@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader
 from augment import COLOUR_STATISTICS
 from clips.finetune_transforms import build_finetune_transform
 from clips.lists import VideoList, check_readable, read_labels, read_splits
-from datasets import DATA_SETS, FRAME_RULES, DataSet, resolve_data_set
+from datasets import DATA_SETS, FRAME_RULES, ClipSettings, DataSet, resolve_data_set
 from evaluation import FUSIONS
 from finetuning import NO_BEST, Run, steps_per_epoch, test, train
-from loaders import build_finetuning_loaders
+from loaders import LoadSettings, build_finetuning_loaders
 from modeling_finetune import CLASSIFIER_POSITIONS, CLASSIFIERS, create_classifier, parse_model_name, token_grid
 from probes import make_probe
 from runs.checkpoints import load_weights
@@ -302,22 +302,28 @@ def build_loaders(
             color_jitter=args.color_jitter,
             scale=tuple(args.crop_scale),
         ),
-        num_frames=model_settings["num_frames"],
-        sampling_rate=args.sampling_rate,
+        settings=ClipSettings(
+            sampling=data_set.sampling,
+            num_frames=model_settings["num_frames"],
+            sampling_rate=args.sampling_rate,
+            num_sample=args.num_sample,
+            share_frames=True,
+            seed=args.seed,
+            decoder=args.decoder,
+            decode_timeout=args.decode_timeout,
+        ),
+        loading=LoadSettings(
+            batch_size=args.batch_size,
+            update_freq=args.update_freq,
+            num_workers=args.num_workers,
+            pin_memory=args.pin_mem,
+            rank=world.rank,
+            world_size=world.size,
+        ),
         input_size=size,
         short_side=args.short_side_size or size,
-        num_sample=args.num_sample,
-        batch_size=args.batch_size,
-        update_freq=args.update_freq,
         random_validation=args.random_validation,
         dist_eval=args.dist_eval,
-        seed=args.seed,
-        decoder=args.decoder,
-        decode_timeout=args.decode_timeout,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem,
-        rank=world.rank,
-        world_size=world.size,
     )
 
 

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader
 from augment import COLOUR_STATISTICS, to_pixels
 from clips.lists import VideoList, check_readable, read_list
 from clips.transforms import build_pretrain_transform
+from datasets import ClipSettings, TrainDataset
 from engine_for_pretraining import Losses, pretrain_one_epoch
-from loaders import build_pretraining_loader
+from loaders import LoadSettings, build_training_loader
 from masking_generator import ALIASES, RULES, visible_count
 from modeling_blocks import POSITIONS
 from modeling_finetune import parse_model_name, token_grid
@@ -120,22 +121,24 @@ def build_loader(args: argparse.Namespace, videos: VideoList, size: int, world: 
     transform = build_pretrain_transform(
         args.crop, size=size, interpolation=args.train_interpolation, color_jitter=args.color_jitter
     )
-    return build_pretraining_loader(
-        videos=videos,
-        transform=transform,
+    settings = ClipSettings(
+        sampling="pretrain",
         num_frames=args.num_frames,
         sampling_rate=args.sampling_rate,
         num_sample=args.num_sample,
+        seed=args.seed,
+        decoder=args.decoder,
+        decode_timeout=args.decode_timeout,
+    )
+    loading = LoadSettings(
         batch_size=args.batch_size,
         update_freq=args.update_freq,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem,
-        seed=args.seed,
         rank=world.rank,
         world_size=world.size,
-        decoder=args.decoder,
-        decode_timeout=args.decode_timeout,
     )
+    return build_training_loader(TrainDataset(videos=videos, transform=transform, settings=settings), loading)
 
 
 class Run(NamedTuple):
