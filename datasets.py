@@ -1,12 +1,13 @@
-"""From a list of videos to samples: uint8 clips and their labels. And the table of data sets.
+"""The table of data sets, the frame rules, and samples: uint8 clips and their labels.
 
     list file -> VideoList -> dataset[key] -> collate -> batch
 
-What happens to video `index` in an epoch depends on (seed, epoch, index) alone, not on the worker or process
-that does it nor on the order. So a run can be resumed anywhere and spread over any number of processes.
+What happens to video `index` in an epoch depends on (seed, epoch, index) alone: not on the worker or process that
+loads it, nor on the order. So a run can be resumed anywhere and spread over any number of processes.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -26,15 +27,17 @@ from clips.frame_indices import (
 from clips.isolation import Isolated
 from clips.lists import VideoList
 from clips.transforms import ClipTransform, EvenCrops
-from clips.video import Video, VideoError, open_video
+from clips.video import Video, open_video
+from clips.video_index import VideoError
+from utils import SettingError, UserError
 
-# --- the table of data sets ---------------------------------------------------------------------------------
+# --- the tables ---------------------------------------------------------------------------------------------
 
 
 class FrameRule(NamedTuple):
-    """Which frames make a clip; both return int64 frame numbers.
+    """Which frames make a clip: two functions that return frame numbers, int64.
 
-    clip: (video, T, stride, rng) -> (T,), the middle one where rng is None.
+    clip: (video, T, stride, rng) -> (T,); the middle clip where rng is None.
     views: (video, T, stride, V) -> (V,T), the temporal views of a test.
     """
 
@@ -42,9 +45,13 @@ class FrameRule(NamedTuple):
     views: Callable[[Video, int, int, int], np.ndarray]
 
 
-# Segments take one frame of each of T equal parts and have no stride. In a video of fewer frames than parts
+# Segments take one frame from each of T equal parts and have no stride. In a video of fewer frames than parts
 # the published rule repeats frame 0 for training and validation; ours repeats each frame.
 FRAME_RULES = {
+    "pretrain": FrameRule(
+        lambda video, length, stride, rng: pretrain_clip(video.num_frames, length, stride, rng),
+        lambda video, length, stride, views: dense_views(video.num_frames, length, stride, views),
+    ),
     "dense": FrameRule(
         lambda video, length, stride, rng: dense_clip(video.num_frames, length, stride, rng),
         lambda video, length, stride, views: dense_views(video.num_frames, length, stride, views),
@@ -54,7 +61,7 @@ FRAME_RULES = {
         lambda video, length, stride, views: segment_views(video.num_frames, length, views),
     ),
     "segments_published": FrameRule(
-        lambda video, length, stride, rng: segment_clip(video.num_frames, length, rng, reference=True),
+        lambda video, length, stride, rng: segment_clip(video.num_frames, length, rng, still_if_short=True),
         lambda video, length, stride, views: segment_views(video.num_frames, length, views),
     ),
     "mae_st": FrameRule(
@@ -65,9 +72,10 @@ FRAME_RULES = {
 
 
 class DataSet(NamedTuple):
-    """What fine-tuning must know of a data set.
+    """What fine-tuning needs to know about a data set.
 
-    sampling: a key of FRAME_RULES. flip: whether training mirrors clips; not where left and right matter.
+    sampling: a key of FRAME_RULES.
+    flip: whether training mirrors clips; False where left and right matter.
     test_segments, test_crops: temporal and spatial views of a test, as published.
     """
 
@@ -89,95 +97,95 @@ DATA_SETS = {
 }
 
 
-def resolve_data_set(
-    name: str,
-    *,
-    num_classes: int | None = None,
-    sampling: str | None = None,
-    flip: bool | None = None,
-    test_segments: int | None = None,
-    test_crops: int | None = None,
-) -> DataSet:
-    """The table's entry of a name with what is not None in its place.
+def resolve_data_set(name: str, **changes) -> DataSet:
+    """Returns the table's entry for a name, with those of its fields replaced that `changes` has, None apart.
 
-    Raises ValueError for an unknown name or rule, for a number of classes that is missing or not the table's,
-    and for no views.
+    Raises:
+        SettingError: the name or the frame rule is unknown, the number of classes is missing or not the table's,
+            or there would be no views.
     """
     if name not in DATA_SETS:
-        raise ValueError(f"--data_set {name}: choose one of {', '.join(DATA_SETS)}")
-    if sampling is not None and sampling not in FRAME_RULES:
-        raise ValueError(f"--sampling {sampling}: choose one of {', '.join(FRAME_RULES)}")
-    known = DATA_SETS[name].num_classes
-    if known is None and (num_classes is None or num_classes < 1):
-        raise ValueError(f"--data_set {name} needs --nb_classes, the number of classes, at least 1")
-    if None not in (known, num_classes) and known != num_classes:
-        raise ValueError(
-            f"--nb_classes {num_classes}, but {name} has {known} classes: leave the flag out, or use "
-            "--data_set custom for a part of a data set"
+        raise SettingError(f"--data_set {name}: choose one of {', '.join(DATA_SETS)}")
+    entry = DATA_SETS[name]
+    data_set = entry._replace(**{field: value for field, value in changes.items() if value is not None})
+    if data_set.sampling not in FRAME_RULES:
+        raise SettingError(f"--sampling {data_set.sampling}: choose one of {', '.join(FRAME_RULES)}")
+    if entry.num_classes not in (None, data_set.num_classes):
+        raise SettingError(
+            f"--nb_classes {data_set.num_classes}, but {name} has {entry.num_classes} classes: leave the flag "
+            "out, or use --data_set custom for a part of a data set"
         )
-    given = {
-        "num_classes": num_classes,
-        "sampling": sampling,
-        "flip": flip,
-        "test_segments": test_segments,
-        "test_crops": test_crops,
-    }
-    data_set = DATA_SETS[name]._replace(**{k: v for k, v in given.items() if v is not None})
+    if data_set.num_classes is None or data_set.num_classes < 1:
+        raise SettingError(f"--data_set {name} needs --nb_classes, the number of classes, at least 1")
     if data_set.test_segments < 1 or data_set.test_crops < 1:
-        raise ValueError("--test_num_segment and --test_num_crop must be at least 1")
+        raise SettingError("--test_num_segment and --test_num_crop must be at least 1")
     return data_set
 
 
-# --- samples of training ------------------------------------------------------------------------------------
+# --- samples for training -----------------------------------------------------------------------------------
 
 
-class NoReadableVideoError(RuntimeError):
+@dataclass(frozen=True, kw_only=True)
+class ClipSettings:
+    """Which frames of a video its clips show, and how they are decoded.
+
+    Args:
+        sampling: a key of FRAME_RULES.
+        num_frames: T, the frames of a clip.
+        sampling_rate: stride, the step from one frame of a clip to the next, in frames of the video.
+        num_sample: clips that training takes of one video, out of one decoding.
+        share_frames: whether those clips show the same frames, each augmented on its own (repeated augmentation,
+            Hoffer et al., 2020); otherwise each has a start of its own.
+        decoder: as `open_video` takes it.
+        decode_timeout: seconds after which a video counts as unreadable, as does one that crashes its decoder;
+            0 decodes in the calling process, without a limit.
+    """
+
+    sampling: str
+    num_frames: int = 16
+    sampling_rate: int = 4
+    num_sample: int = 1
+    share_frames: bool = False
+    seed: int = 0
+    decoder: str = "auto"
+    decode_timeout: float = 0
+
+
+class NoReadableVideoError(UserError, RuntimeError):
     """One video and all the others tried in its place cannot be read."""
 
 
 class TrainDataset(Dataset):
-    """Clips to train on, by (epoch, index): `load_clips` is what the subclasses differ in.
+    """Clips to train on, by (epoch, index).
 
-    videos: the list. transform: makes of a uint8 clip (T,C,H,W) one of (T,C,S,S), given a generator.
-    num_frames, sampling_rate: frames of a clip, and the step between them in frames of the video.
-    num_sample: clips of one video out of one decoding.
-    decoder: as `open_video` takes it. max_tries: how many videos in all are tried for one sample.
-    decode_timeout: seconds after which a video counts as unreadable, as does one that crashes its decoder;
-        0 decodes in the calling process, without a limit.
+    Args:
+        transform: makes of a uint8 clip (T,C,H,W) one of (T,C,S,S), given a generator.
+        max_tries: how many videos in all are tried for one sample.
     """
 
     def __init__(
-        self,
-        *,
-        videos: VideoList,
-        transform: ClipTransform,
-        num_frames: int = 16,
-        sampling_rate: int = 4,
-        num_sample: int = 1,
-        seed: int = 0,
-        decoder: str = "auto",
-        max_tries: int = 10,
-        decode_timeout: float = 0,
+        self, *, videos: VideoList, transform: ClipTransform, settings: ClipSettings, max_tries: int = 10
     ):
         self.videos = videos
         self.transform = transform
-        self.num_frames = num_frames
-        self.sampling_rate = sampling_rate
-        self.num_sample = num_sample
-        self.seed = seed
-        self.decoder = decoder
+        self.settings = settings
         self.max_tries = max_tries
-        self.load = Isolated(self._load, decode_timeout)
+        self.load = Isolated(self._load, settings.decode_timeout)
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """(epoch, index) -> clips uint8 (num_sample,C,T,S,S), index, label (NO_LABEL: unknown), bad.
+        """Loads the sample (epoch, index).
 
-        A video that cannot be read is replaced by one that is drawn from (seed, epoch, index, attempt): `bad`
-        lists the (path, reason) of those, and `index` and `label` are those of the video shown. Raises
-        NoReadableVideoError when `max_tries` videos have failed.
+        An unreadable video is replaced by one drawn from (seed, epoch, index, attempt).
+
+        Returns:
+            `clips` uint8 (num_sample,C,T,S,S); `index` and `label` (NO_LABEL: unknown) of the video shown; `bad`,
+            the (path, reason) of the videos that were replaced.
+
+        Raises:
+            NoReadableVideoError: `max_tries` videos have failed.
         """
         epoch, index = key
         bad = []
@@ -191,62 +199,44 @@ class TrainDataset(Dataset):
         reasons = "".join(f"\n  {path}: {reason}" for path, reason in bad)
         raise NoReadableVideoError(
             f"{len(bad)} videos of {self.videos.list_path}, drawn in a row, cannot be read; are they where "
-            f"--data_root says, and is the storage there? The last checkpoint is untouched.{reasons}"
+            f"--data_root says, and is the storage available? The last checkpoint is untouched.{reasons}"
         )
 
     def _draw(self, epoch: int, index: int, attempt: int) -> tuple[np.random.Generator, int]:
-        """The generator of an attempt, and the video to show: `index` itself at first, then any other."""
+        """Returns the generator of an attempt, and the video to show: first `index` itself, then any other."""
         if attempt == 0:
-            return np.random.default_rng([self.seed, epoch, index]), index
-        rng = np.random.default_rng([self.seed, epoch, index, attempt])
+            return np.random.default_rng([self.settings.seed, epoch, index]), index
+        rng = np.random.default_rng([self.settings.seed, epoch, index, attempt])
         others = max(1, len(self) - 1)
         return rng, (index + 1 + int(rng.integers(others))) % len(self)
 
     def _load(self, path: str, rng: np.random.Generator) -> Tensor:
-        """The clips of one video; nothing outside has a part in them, so a child process may do it."""
-        with open_video(path, self.decoder) as video:
-            clips = self.load_clips(video, rng)  # num_sample times T C H W
-        return torch.stack([self.transform(clip, rng).transpose(0, 1) for clip in clips])  # n C T S S
+        """Makes the clips of one video from the arguments alone, so that a child process may do it."""
+        with open_video(path, self.settings.decoder) as video:
+            clips = self.load_clips(video, rng)  # (num_sample,T,C,H,W)
+        return torch.stack([self.transform(clip, rng).transpose(0, 1) for clip in clips])  # (num_sample,C,T,S,S)
 
     def load_clips(self, video: Video, rng: np.random.Generator) -> Tensor:
-        """uint8 (num_sample,T,C,H,W), decoded in one go."""
-        raise NotImplementedError
+        """Returns uint8 (num_sample,T,C,H,W), decoded in one go."""
+        s = self.settings
+        rule = FRAME_RULES[s.sampling]
+        starts = 1 if s.share_frames else s.num_sample
+        indices = np.stack([rule.clip(video, s.num_frames, s.sampling_rate, rng) for _ in range(starts)])
+        clips = video.get_frames(indices.ravel()).unflatten(0, indices.shape)  # (starts,T,C,H,W)
+        return clips.expand(s.num_sample, -1, -1, -1, -1)
 
 
-class PretrainDataset(TrainDataset):
-    """Clips for pre-training: those of one video have each its own start and its own crop."""
-
-    def load_clips(self, video: Video, rng: np.random.Generator) -> Tensor:
-        rule = (video.num_frames, self.num_frames, self.sampling_rate)
-        indices = np.stack([pretrain_clip(*rule, rng) for _ in range(self.num_sample)])
-        return video.get_frames(indices.ravel()).unflatten(0, indices.shape)
-
-
-class FinetuneDataset(TrainDataset):
-    """Clips for fine-tuning: those of one video show the same frames, each augmented on its own.
-
-    sampling: a key of FRAME_RULES. That is repeated augmentation (Hoffer et al., 2020).
-    """
-
-    def __init__(self, *, sampling: str, **settings):
-        super().__init__(**settings)
-        self.sampling = sampling
-
-    def load_clips(self, video: Video, rng: np.random.Generator) -> Tensor:
-        rule = FRAME_RULES[self.sampling]
-        frames = video.get_frames(rule.clip(video, self.num_frames, self.sampling_rate, rng))
-        return frames.expand(self.num_sample, -1, -1, -1, -1)
-
-
-# --- samples of validation and test -------------------------------------------------------------------------
+# --- samples for validation and test ------------------------------------------------------------------------
 
 
 class EvalDataset(Dataset):
     """All views of one video, by index, from one decoding.
 
-    num_segments: temporal views of a test; None for the single clip of a validation, the middle one, or with
-        `random_clips` one drawn from (seed, index), from where the published validation draws it.
-    crops: the spatial views. The rest is as in `TrainDataset`.
+    Args:
+        crops: the spatial views.
+        num_segments: temporal views of a test; None for the single clip of a validation: the middle one.
+        random_clips: whether that clip is drawn from (seed, index) instead, from the range of the published
+            validation.
     """
 
     def __init__(
@@ -254,25 +244,16 @@ class EvalDataset(Dataset):
         *,
         videos: VideoList,
         crops: EvenCrops,
-        sampling: str,
+        settings: ClipSettings,
         num_segments: int | None,
-        num_frames: int = 16,
-        sampling_rate: int = 4,
         random_clips: bool = False,
-        seed: int = 0,
-        decoder: str = "auto",
-        decode_timeout: float = 0,
     ):
         self.videos = videos
         self.crops = crops
-        self.sampling = sampling
+        self.settings = settings
         self.num_segments = num_segments
-        self.num_frames = num_frames
-        self.sampling_rate = sampling_rate
         self.random_clips = random_clips
-        self.seed = seed
-        self.decoder = decoder
-        self.load = Isolated(self._load, decode_timeout)
+        self.load = Isolated(self._load, settings.decode_timeout)
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -283,10 +264,11 @@ class EvalDataset(Dataset):
         return [(s, c) for s in range(self.num_segments or 1) for c in range(self.crops.num_crops)]
 
     def __getitem__(self, index: int) -> dict:
-        """index -> clips uint8 (V,C,T,S,S), index, label (NO_LABEL: unknown), bad.
+        """Loads the views of a video.
 
-        A video that cannot be read has no clips (None), and its (path, reason) stands in `bad`: nothing takes
-        its place.
+        Returns:
+            `clips` uint8 (V,C,T,S,S); `index`; `label` (NO_LABEL: unknown); `bad`, empty. For an unreadable video
+            `clips` is None and `bad` holds its (path, reason): nothing replaces it.
         """
         sample = {"clips": None, "index": index, "label": int(self.videos.labels[index]), "bad": []}
         path = self.videos[index].path
@@ -297,15 +279,16 @@ class EvalDataset(Dataset):
         return sample
 
     def _load(self, path: str, index: int) -> Tensor:
-        with open_video(path, self.decoder) as video:
-            indices = self._frame_indices(video, index)  # segments T
-            frames = video.get_frames(indices.ravel())
-        clips = self.crops(frames).unflatten(1, indices.shape)  # crops segments T C S S
-        return clips.transpose(0, 1).flatten(0, 1).transpose(1, 2)  # V C T S S
+        with open_video(path, self.settings.decoder) as video:
+            indices = self._frame_indices(video, index)  # (segments,T)
+            frames = video.get_frames(indices.ravel())  # (segments*T,C,H,W)
+        clips = self.crops(frames).unflatten(1, indices.shape)  # (crops,segments,T,C,S,S)
+        return clips.transpose(0, 1).flatten(0, 1).transpose(1, 2)  # (V,C,T,S,S)
 
     def _frame_indices(self, video: Video, index: int) -> np.ndarray:
-        rule = FRAME_RULES[self.sampling]
+        s = self.settings
+        rule = FRAME_RULES[s.sampling]
         if self.num_segments is not None:
-            return rule.views(video, self.num_frames, self.sampling_rate, self.num_segments)
-        rng = np.random.default_rng([self.seed, index]) if self.random_clips else None
-        return rule.clip(video, self.num_frames, self.sampling_rate, rng)[None]
+            return rule.views(video, s.num_frames, s.sampling_rate, self.num_segments)
+        rng = np.random.default_rng([s.seed, index]) if self.random_clips else None
+        return rule.clip(video, s.num_frames, s.sampling_rate, rng)[None]

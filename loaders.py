@@ -1,15 +1,38 @@
 """From samples to batches: which videos a process takes, in which order, and the loaders."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from clips.isolation import outlive_signals
 from clips.lists import VideoList
 from clips.transforms import ClipTransform, EvenCrops
-from datasets import DataSet, EvalDataset, FinetuneDataset, PretrainDataset, TrainDataset
+from datasets import ClipSettings, DataSet, EvalDataset, TrainDataset
+from utils import SettingError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSettings:
+    """How one process of a run loads its batches.
+
+    Args:
+        batch_size: videos in a batch of one process.
+        update_freq: batches that make one optimiser step.
+        num_workers: processes that decode; 0 decodes in this one.
+        pin_memory: whether batches are made in pinned memory; only where there is a GPU to copy to.
+        rank, world_size: this process, and how many there are.
+    """
+
+    batch_size: int
+    update_freq: int = 1
+    num_workers: int = 4
+    pin_memory: bool = True
+    rank: int = 0
+    world_size: int = 1
+
 
 # --- samplers -----------------------------------------------------------------------------------------------
 
@@ -19,37 +42,33 @@ class EpochSampler(Sampler):
 
     The permutation of an epoch comes from (seed, epoch). Of W processes, process r takes the positions r, r+W
     and so on: step k of all processes together is the same set of videos for any W with the same total batch.
-    The videos left over after the last whole step are left out, others in every epoch. steps_per_epoch counts
-    batches of one process; it is a multiple of update_freq, the batches that make one optimiser step.
-    Raises ValueError when the data set is smaller than one optimiser step of all processes.
+    The videos beyond the last whole step are dropped, different ones in every epoch.
+
+    Attributes:
+        steps_per_epoch: batches of one process, a multiple of update_freq.
+
+    Raises:
+        SettingError: there are fewer videos than one optimiser step of all processes takes.
     """
 
-    def __init__(
-        self,
-        *,
-        num_videos: int,
-        batch_size: int,
-        update_freq: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
+    def __init__(self, *, num_videos: int, seed: int, loading: LoadSettings):
         self.num_videos = num_videos
-        self.batch_size = batch_size
-        self.update_freq = update_freq
         self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.steps_per_epoch = num_videos // (batch_size * update_freq * world_size) * update_freq
+        self.batch_size = loading.batch_size
+        self.update_freq = loading.update_freq
+        self.rank = loading.rank
+        self.world_size = loading.world_size
+        total_batch = self.batch_size * self.update_freq * self.world_size
+        self.steps_per_epoch = num_videos // total_batch * self.update_freq
         if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"{num_videos} videos do not fill one step of --batch_size {batch_size} x --update_freq "
-                f"{update_freq} x {world_size} processes: lower one of these, or list more videos"
+            raise SettingError(
+                f"{num_videos} videos do not fill one step of --batch_size {self.batch_size} x --update_freq "
+                f"{self.update_freq} x {self.world_size} processes: lower one of these, or list more videos"
             )
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
-        """Choose the epoch, and the step (a count of batches) to start at when a run is resumed inside it."""
+        """Chooses the epoch, and the batch to start at when a run is resumed inside it."""
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step {start_step} is outside an epoch of {self.steps_per_epoch} steps")
         self.epoch = epoch
@@ -68,8 +87,11 @@ class EpochSampler(Sampler):
 class EvalSampler(Sampler):
     """Yields the indices of one process: of W processes, process r takes the videos r, r+W and so on.
 
-    Every video comes exactly once, so processes may have different numbers of batches, or none: no collective
-    call may stand inside the loop. spread False leaves all videos to process 0.
+    Every video comes exactly once, so processes may have different numbers of batches, or none: the loop must
+    not contain a collective call.
+
+    Args:
+        spread: False leaves all videos to process 0.
     """
 
     def __init__(self, *, num_videos: int, rank: int = 0, world_size: int = 1, spread: bool = True):
@@ -89,10 +111,11 @@ class EvalSampler(Sampler):
 
 
 def collate(samples: list[dict]) -> dict:
-    """B samples of training -> a batch.
+    """Makes a batch of B training samples.
 
-    clips uint8 (B*num_sample,C,T,S,S), the clips of a video one after the other; label int64 (B*num_sample,),
-    one for each clip; index int64 (B,); bad, the (path, reason) of videos that were replaced.
+    Returns:
+        `clips` uint8 (B*num_sample,C,T,S,S), the clips of a video one after the other; `label` int64
+        (B*num_sample,), one for each clip; `index` int64 (B,); `bad`, the (path, reason) of replaced videos.
     """
     clips = default_collate([s["clips"] for s in samples])  # stacks into shared memory in a worker
     label = torch.tensor([s["label"] for s in samples])
@@ -105,10 +128,11 @@ def collate(samples: list[dict]) -> dict:
 
 
 def collate_views(samples: list[dict]) -> dict:
-    """Samples of validation or test -> a batch of the n that could be read.
+    """Makes a batch of the n samples of validation or test that could be read.
 
-    clips uint8 (n,V,C,T,S,S), label int64 (n,), index int64 (n,); bad, the (index, path, reason) of those
-    that could not. With n = 0 clips is an empty tensor of one axis.
+    Returns:
+        `clips` uint8 (n,V,C,T,S,S), with n = 0 an empty tensor of one axis; `label` int64 (n,); `index` int64
+        (n,); `bad`, the (index, path, reason) of the unreadable videos.
     """
     good = [s for s in samples if s["clips"] is not None]
     return {
@@ -122,94 +146,45 @@ def collate_views(samples: list[dict]) -> dict:
 # --- loaders ------------------------------------------------------------------------------------------------
 
 
-def build_training_loader(
-    dataset: TrainDataset,
-    *,
-    batch_size: int,
-    update_freq: int = 1,
-    num_workers: int = 4,
-    pin_memory: bool = True,
-    rank: int = 0,
-    world_size: int = 1,
-) -> DataLoader:
-    """The loader of one process; call `loader.sampler.set_epoch(epoch, start_step)` before each epoch.
+def build_training_loader(dataset: TrainDataset, loading: LoadSettings) -> DataLoader:
+    """Builds the loader of one process; call `loader.sampler.set_epoch(epoch, start_step)` before each epoch.
 
-    batch_size counts videos of one process: a batch holds batch_size * num_sample clips. Memory is pinned
-    only where there is a GPU to copy to. Raises ValueError when the list is smaller than one step.
+    A batch holds batch_size * num_sample clips.
+
+    Raises:
+        SettingError: the list is smaller than one step.
     """
-    sampler = EpochSampler(
-        num_videos=len(dataset),
-        batch_size=batch_size,
-        update_freq=update_freq,
-        seed=dataset.seed,
-        rank=rank,
-        world_size=world_size,
-    )
+    sampler = EpochSampler(num_videos=len(dataset), seed=dataset.settings.seed, loading=loading)
+    persistent = loading.num_workers > 0
+    return _build(dataset, sampler, loading.batch_size, collate, loading, persistent_workers=persistent)
+
+
+def build_evaluation_loader(dataset: EvalDataset, loading: LoadSettings, *, spread: bool = True) -> DataLoader:
+    """Builds the loader of one process for validation or test.
+
+    Args:
+        loading: batch_size counts clips here, V to a video; a batch holds at least one video.
+        spread: see `EvalSampler`.
+    """
+    sampler = EvalSampler(num_videos=len(dataset), rank=loading.rank, world_size=loading.world_size, spread=spread)
+    return _build(dataset, sampler, max(1, loading.batch_size // len(dataset.views)), collate_views, loading)
+
+
+def _build(
+    dataset: Dataset, sampler: Sampler, batch_size: int, collate_fn: Callable, loading: LoadSettings, **settings
+) -> DataLoader:
     return DataLoader(
         dataset,
         sampler=sampler,
         batch_size=batch_size,
-        collate_fn=collate,
-        num_workers=num_workers,
+        collate_fn=collate_fn,
+        num_workers=loading.num_workers,
         worker_init_fn=outlive_signals,
-        persistent_workers=num_workers > 0,
-        pin_memory=pin_memory and torch.cuda.is_available(),
+        pin_memory=loading.pin_memory and torch.cuda.is_available(),
         # With its own generator the loader draws nothing from torch's global one, which masks may depend on.
         generator=torch.Generator(),
+        **settings,
     )
-
-
-def build_evaluation_loader(
-    dataset: EvalDataset,
-    *,
-    batch_size: int,
-    num_workers: int = 4,
-    pin_memory: bool = True,
-    rank: int = 0,
-    world_size: int = 1,
-    spread: bool = True,
-) -> DataLoader:
-    """The loader of one process for validation or test. batch_size counts clips: V to a video, at least one.
-
-    spread: see `EvalSampler`.
-    """
-    sampler = EvalSampler(num_videos=len(dataset), rank=rank, world_size=world_size, spread=spread)
-    return DataLoader(
-        dataset,
-        sampler=sampler,
-        batch_size=max(1, batch_size // len(dataset.views)),
-        collate_fn=collate_views,
-        num_workers=num_workers,
-        worker_init_fn=outlive_signals,
-        pin_memory=pin_memory and torch.cuda.is_available(),
-        generator=torch.Generator(),  # as above
-    )
-
-
-def build_pretraining_loader(
-    *,
-    videos: VideoList,
-    transform: ClipTransform,
-    num_frames: int = 16,
-    sampling_rate: int = 4,
-    num_sample: int = 1,
-    seed: int = 0,
-    decoder: str = "auto",
-    decode_timeout: float = 0,
-    **loading,
-) -> DataLoader:
-    """The loader of a `PretrainDataset`, see there; loading: what `build_training_loader` takes."""
-    dataset = PretrainDataset(
-        videos=videos,
-        transform=transform,
-        num_frames=num_frames,
-        sampling_rate=sampling_rate,
-        num_sample=num_sample,
-        seed=seed,
-        decoder=decoder,
-        decode_timeout=decode_timeout,
-    )
-    return build_training_loader(dataset, **loading)
 
 
 def build_finetuning_loaders(
@@ -217,58 +192,46 @@ def build_finetuning_loaders(
     splits: dict[str, VideoList],
     data_set: DataSet,
     transform: ClipTransform,
-    num_frames: int = 16,
-    sampling_rate: int = 4,
+    settings: ClipSettings,
+    loading: LoadSettings,
     input_size: int = 224,
     short_side: int = 224,
-    num_sample: int = 2,
-    batch_size: int = 64,
-    update_freq: int = 1,
     random_validation: bool = False,
     dist_eval: bool = True,
-    seed: int = 0,
-    decoder: str = "auto",
-    decode_timeout: float = 0,
-    **loading,
 ) -> dict[str, DataLoader]:
-    """Loaders for those of "train", "val" and "test" that `splits` has (`read_splits`), by the same names.
+    """Builds loaders for those of "train", "val" and "test" that `splits` has (`read_splits`), by the same names.
 
-    transform: of training, see `build_finetune_transform`. input_size: pixels of a clip's side in validation
-    and test; short_side: see `EvenCrops`. batch_size counts videos of training in one process; validation and
-    test take 1.5 times as many clips. random_validation: see `EvalDataset`. dist_eval: False leaves
-    validation and test to process 0. decode_timeout: see `TrainDataset`. loading: num_workers, pin_memory,
-    rank, world_size.
+    Args:
+        data_set: the views of a test.
+        transform: for training, see `build_finetune_transform`.
+        settings: the clips of all splits.
+        loading: batch_size counts videos of training; validation and test take 1.5 times as many clips.
+        input_size: side of a clip in validation and test, in pixels.
+        short_side: see `EvenCrops`.
+        random_validation: see `random_clips` of `EvalDataset`.
+        dist_eval: False leaves validation and test to process 0.
 
-    Raises ValueError when the training list is smaller than one step, and for what `EvenCrops` refuses.
+    Raises:
+        SettingError: the training list is smaller than one step, or `short_side` smaller than `input_size`.
     """
-    clips = {
-        "sampling": data_set.sampling,
-        "num_frames": num_frames,
-        "sampling_rate": sampling_rate,
-        "seed": seed,
-        "decoder": decoder,
-        "decode_timeout": decode_timeout,
-    }
     views = {"val": (None, 1), "test": (data_set.test_segments, data_set.test_crops)}
+    evaluation = replace(loading, batch_size=loading.batch_size * 3 // 2)
     loaders = {}
     for split, videos in splits.items():
         if split == "train":
-            dataset = FinetuneDataset(videos=videos, transform=transform, num_sample=num_sample, **clips)
-            loaders[split] = build_training_loader(
-                dataset, batch_size=batch_size, update_freq=update_freq, **loading
-            )
+            dataset = TrainDataset(videos=videos, transform=transform, settings=settings)
+            loaders[split] = build_training_loader(dataset, loading)
             continue
         num_segments, num_crops = views[split]
         crops = EvenCrops(
-            short_side=short_side,
-            size=input_size,
-            num_crops=num_crops,
-            round_up=data_set.sampling == "mae_st",
+            short_side=short_side, size=input_size, num_crops=num_crops, round_up=settings.sampling == "mae_st"
         )
         dataset = EvalDataset(
-            videos=videos, crops=crops, num_segments=num_segments, random_clips=random_validation, **clips
+            videos=videos,
+            crops=crops,
+            settings=settings,
+            num_segments=num_segments,
+            random_clips=random_validation,
         )
-        loaders[split] = build_evaluation_loader(
-            dataset, batch_size=batch_size * 3 // 2, spread=dist_eval, **loading
-        )
+        loaders[split] = build_evaluation_loader(dataset, evaluation, spread=dist_eval)
     return loaders

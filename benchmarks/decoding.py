@@ -23,11 +23,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from clips.decoders import DECODERS, resolve_decoder
 from clips.frame_indices import pretrain_clip
 from clips.lists import read_list
 from clips.transforms import build_pretrain_transform
-from clips.video import DECODERS, open_video, resolve_decoder
-from datasets import PretrainDataset
+from clips.video import open_video
+from datasets import ClipSettings, TrainDataset
+from utils import SettingError
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "prepare_videos.py"
 FPS, CLIP, STRIDE = 30, 16, 4
@@ -91,9 +93,8 @@ def measure(folder: Path, decoder: str, repeats: int) -> tuple[float, float]:
     """Milliseconds of decoding a clip, and of all that a data worker does for one."""
     videos = read_list(folder / "videos.csv")
     crop = build_pretrain_transform("multi_scale", size=224)
-    dataset = PretrainDataset(
-        videos=videos, transform=crop, num_frames=CLIP, sampling_rate=STRIDE, decoder=decoder, max_tries=1
-    )
+    settings = ClipSettings(sampling="pretrain", num_frames=CLIP, sampling_rate=STRIDE, decoder=decoder)
+    dataset = TrainDataset(videos=videos, transform=crop, settings=settings, max_tries=1)
 
     def decode(k):
         rng = np.random.default_rng([0, k, k % len(videos)])
@@ -110,7 +111,7 @@ def report(sources: Path, prepared: Path, repeats: int) -> None:
     for decoder in DECODERS:
         try:
             resolve_decoder(decoder)
-        except RuntimeError as error:
+        except SettingError as error:
             print(f"| {decoder} | not measured: {error.__cause__} | | | | | |")
             continue
         before, after = (measure(folder, decoder, repeats) for folder in (sources, prepared))

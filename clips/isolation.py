@@ -27,7 +27,7 @@ from multiprocessing.util import Finalize
 import torch
 from torch import Tensor
 
-from clips.video import VideoError
+from clips.video_index import VideoError
 
 SHARED_BYTES = 64 << 20  # larger results come through the pipe; memory is used only as far as it is written
 OUTLIVED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # what a launcher sends to all processes of a job

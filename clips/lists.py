@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from clips.isolation import Isolated
-from clips.video import VideoError, open_video
+from clips.video import open_video
+from clips.video_index import VideoError
 
 SUFFIXES = "mp4|webm|avi|mkv|mov|m4v|mpg|mpeg|wmv|flv|3gp"
 ENDS_AS_VIDEO = re.compile(rf"\.({SUFFIXES})$", re.IGNORECASE)

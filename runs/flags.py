@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
 
-from clips.video import resolve_decoder
+from clips.decoders import resolve_decoder
 from utils import SettingError
 
 

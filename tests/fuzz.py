@@ -18,7 +18,8 @@ import numpy as np
 import videos
 
 from clips.isolation import Isolated
-from clips.video import VideoError, open_video
+from clips.video import open_video
+from clips.video_index import VideoError
 
 NUM_FRAMES, SIZE = 24, (48, 64)
 TIMEOUT = 10.0  # seconds for one file that is read in some ten milliseconds

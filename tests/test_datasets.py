@@ -2,6 +2,7 @@ import os
 import pickle
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ import torch
 from videos import BROKEN, KINDS, read_numbers, write_broken, write_kind, write_video
 
 import datasets
+from clips.decoders import DECODERS, resolve_decoder
 from clips.lists import ListError, check_readable, parse_line, read_list
 from clips.transforms import build_pretrain_transform
-from clips.video import DECODERS, VideoError, resolve_decoder
-from datasets import NoReadableVideoError, PretrainDataset
-from loaders import EpochSampler, build_pretraining_loader, build_training_loader
+from clips.video_index import VideoError
+from datasets import ClipSettings, NoReadableVideoError, TrainDataset
+from loaders import EpochSampler, LoadSettings, build_training_loader
+from utils import SettingError
 
 FRAMES, RATE = 4, 3  # a clip spans 12 of the 30 frames
 TRANSFORM = build_pretrain_transform("random_resized", size=16)
@@ -45,15 +48,19 @@ def mixed(folder):
     return read_list(write_list(folder / "mixed.csv", "0.mp4", "gone.mp4", "1.mp4", "noise.mp4", "2.mp4"))
 
 
-def dataset(videos, **settings):
-    return PretrainDataset(
-        **{"videos": videos, "transform": TRANSFORM, "num_frames": FRAMES, "sampling_rate": RATE, **settings}
+SETTINGS = ClipSettings(sampling="pretrain", num_frames=FRAMES, sampling_rate=RATE)
+LOADING = LoadSettings(batch_size=1, num_workers=0, pin_memory=False)
+
+
+def dataset(videos, transform=TRANSFORM, max_tries=10, **settings):
+    settings = replace(SETTINGS, **settings)
+    return TrainDataset(videos=videos, transform=transform, settings=settings, max_tries=max_tries)
+
+
+def loader(videos, num_sample=1, decoder="auto", **loading):
+    return build_training_loader(
+        dataset(videos, num_sample=num_sample, decoder=decoder), replace(LOADING, **loading)
     )
-
-
-def loader(videos, **settings):
-    given = {"transform": TRANSFORM, "num_frames": FRAMES, "sampling_rate": RATE, "num_workers": 0}
-    return build_pretraining_loader(videos=videos, pin_memory=False, **{**given, **settings})
 
 
 def keep(clip, rng):
@@ -292,7 +299,7 @@ def test_every_defect_is_reported_and_replaced(tmp_path, defect):
         assert name == str(path) and reason and "\n" not in reason and sample["index"] == 1
 
 
-class Troubled(PretrainDataset):
+class Troubled(TrainDataset):
     """Decoding that hangs for one video and crashes the process for another; or raises for both."""
 
     raises = False
@@ -309,13 +316,13 @@ class Troubled(PretrainDataset):
 
 
 def troubled(videos, **settings):
-    return Troubled(videos=videos, transform=TRANSFORM, num_frames=FRAMES, sampling_rate=RATE, **settings)
+    return Troubled(videos=videos, transform=TRANSFORM, settings=replace(SETTINGS, **settings))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_decoder_that_hangs_or_crashes_stops_nothing(videos, num_workers):
     data = troubled(videos, decode_timeout=6)
-    batches = list(build_training_loader(data, batch_size=1, num_workers=num_workers, pin_memory=False))
+    batches = list(build_training_loader(data, replace(LOADING, num_workers=num_workers)))
     assert len(batches) == 9
     bad = {path.rsplit("/", 1)[1]: reason for batch in batches for path, reason in batch["bad"]}
     assert bad == {
@@ -368,8 +375,11 @@ def test_check_readable_names_the_list_and_the_reasons(folder):
 
 
 def samplers(world_size, **settings):
-    given = {"num_videos": 103, "batch_size": 4, "seed": 0}
-    return [EpochSampler(**{**given, **settings}, rank=r, world_size=world_size) for r in range(world_size)]
+    num_videos, seed = settings.pop("num_videos", 103), settings.pop("seed", 0)
+    loading = LoadSettings(**{"batch_size": 4, "world_size": world_size, **settings})
+    return [
+        EpochSampler(num_videos=num_videos, seed=seed, loading=replace(loading, rank=r)) for r in range(world_size)
+    ]
 
 
 def indices(sampler):
@@ -478,7 +488,7 @@ def test_workers_and_ranks_change_no_byte(videos):
 def test_workers_decode_after_the_training_process_has(videos, decoder):
     try:
         resolve_decoder(decoder)
-    except RuntimeError as error:
+    except SettingError as error:
         pytest.skip(str(error))
     check_readable(videos, decoder)
     batches = list(loader(videos, batch_size=4, num_workers=2, decoder=decoder))

@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 
 import golden
 import numpy as np
@@ -12,8 +13,8 @@ from clips.finetune_transforms import build_finetune_transform
 from clips.frame_indices import dense_views, segment_views
 from clips.lists import ListError, check_labels, read_list, read_splits
 from clips.transforms import EvenCrops
-from datasets import DATA_SETS, FRAME_RULES, EvalDataset, FinetuneDataset, resolve_data_set
-from loaders import EvalSampler, build_finetuning_loaders
+from datasets import DATA_SETS, FRAME_RULES, ClipSettings, EvalDataset, TrainDataset, resolve_data_set
+from loaders import EvalSampler, LoadSettings, build_finetuning_loaders
 
 FRAMES, RATE = 4, 3  # a clip spans 12 of the 30 frames
 TRANSFORM = build_finetune_transform(size=16, flip=True)
@@ -53,21 +54,35 @@ def keep(clip, rng):
     return clip
 
 
-def training(videos, **settings):
-    given = {"transform": keep, "sampling": "dense", "num_frames": FRAMES, "sampling_rate": RATE}
-    return FinetuneDataset(videos=videos, **{**given, **settings})
+SETTINGS = ClipSettings(sampling="dense", num_frames=FRAMES, sampling_rate=RATE, share_frames=True)
+LOADING = LoadSettings(batch_size=2, num_workers=0)
 
 
-def evaluation(videos, **settings):
-    crops = EvenCrops(short_side=48, size=48, num_crops=settings.pop("num_crops", 1))
-    given = {"sampling": "dense", "num_segments": None, "num_frames": FRAMES, "sampling_rate": RATE}
-    return EvalDataset(videos=videos, crops=crops, **{**given, **settings})
+def training(videos, transform=keep, **settings):
+    settings = replace(SETTINGS, **settings)
+    return TrainDataset(videos=videos, transform=transform, settings=settings)
 
 
-def loaders(splits, **settings):
-    given = {"data_set": CUSTOM, "transform": TRANSFORM, "num_frames": FRAMES, "sampling_rate": RATE}
-    given |= {"input_size": 16, "short_side": 16, "num_workers": 0, "batch_size": 2}
-    return build_finetuning_loaders(splits=splits, **{**given, **settings})
+def evaluation(videos, num_crops=1, num_segments=None, random_clips=False, **settings):
+    return EvalDataset(
+        videos=videos,
+        crops=EvenCrops(short_side=48, size=48, num_crops=num_crops),
+        settings=replace(SETTINGS, **settings),
+        num_segments=num_segments,
+        random_clips=random_clips,
+    )
+
+
+def loaders(splits, short_side=16, num_sample=2, **loading):
+    return build_finetuning_loaders(
+        splits=splits,
+        data_set=CUSTOM,
+        transform=TRANSFORM,
+        settings=replace(SETTINGS, num_sample=num_sample),
+        loading=replace(LOADING, **loading),
+        input_size=16,
+        short_side=short_side,
+    )
 
 
 def numbers(clip):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from clips.video import DECODERS, resolve_decoder
+from clips.decoders import DECODERS, resolve_decoder
+from utils import SettingError
 
 PROGRAM = Path(__file__).with_name("fuzz.py")
 NUM_MUTATIONS, PARTS = 360, 3  # 72 mutations show every way to damage every sort of file
@@ -19,7 +20,7 @@ NUM_MUTATIONS, PARTS = 360, 3  # 72 mutations show every way to damage every sor
 def test_a_damaged_video_is_read_or_refused(decoder, part, capsys):
     try:
         resolve_decoder(decoder)
-    except RuntimeError as error:
+    except SettingError as error:
         pytest.skip(str(error))
     size = NUM_MUTATIONS // PARTS
     command = [sys.executable, str(PROGRAM), decoder, str(part * size), str((part + 1) * size)]

@@ -16,7 +16,7 @@ from golden import ROOT
 
 from clips import isolation
 from clips.isolation import ChildTraceback, Isolated
-from clips.video import VideoError
+from clips.video_index import VideoError
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system has no /proc")
 

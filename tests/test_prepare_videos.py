@@ -18,7 +18,8 @@ from programs import start
 from videos import read_numbers, write_audio, write_cut, write_damaged, write_trimmed, write_video
 
 from clips.lists import read_list, read_splits
-from clips.video import VideoError, index_video, open_video
+from clips.video import open_video
+from clips.video_index import VideoError, index_video
 from tools.preparing.transcode import (
     ABANDONED,
     Encoding,

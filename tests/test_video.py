@@ -9,8 +9,11 @@ import torch
 import videos
 from videos import BROKEN, KINDS, STEPS
 
-from clips import video
-from clips.video import DECODERS, VideoError, open_video, resolve_decoder
+from clips import decoders
+from clips.decoders import DECODERS, resolve_decoder
+from clips.video import open_video
+from clips.video_index import VideoError
+from utils import SettingError
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def made(tmp_path_factory):
 def decoder(request):
     try:
         return resolve_decoder(request.param)
-    except RuntimeError as error:
+    except SettingError as error:
         pytest.skip(str(error))
 
 
@@ -101,8 +104,8 @@ def test_each_distinct_frame_is_decoded_once(made, decoder, monkeypatch):
 
 def test_pyav_only_converts_wanted_frames_and_decodes_in_one_thread(made, monkeypatch):
     converted = []
-    picture = video.PyAV._picture
-    monkeypatch.setattr(video.PyAV, "_picture", lambda self, f: converted.append(f.pts) or picture(self, f))
+    picture = decoders.PyAV._picture
+    monkeypatch.setattr(decoders.PyAV, "_picture", lambda self, f: converted.append(f.pts) or picture(self, f))
     with open_video(made("H.264 with B-frames"), "pyav") as opened:
         opened.get_frames([3, 40, 41])
         assert opened._reader.stream.codec_context.thread_count == 1
@@ -219,9 +222,9 @@ def test_auto_takes_the_first_decoder_that_loads(without):
 
 def test_a_decoder_asked_for_by_name_must_load(without):
     without("torchcodec")
-    with pytest.raises(RuntimeError, match=r"torchcodec can't be used here \(no such library\): install"):
+    with pytest.raises(SettingError, match=r"torchcodec can't be used here \(no such library\): install"):
         resolve_decoder("torchcodec")
-    with pytest.raises(ValueError, match="choose one of auto, torchcodec, decord, pyav"):
+    with pytest.raises(SettingError, match="--decoder opencv: choose one of auto, torchcodec, decord, pyav"):
         resolve_decoder("opencv")
 
 

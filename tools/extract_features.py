@@ -48,7 +48,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
-from clips.video import Video, VideoError, open_video
+from clips.video import Video, open_video
+from clips.video_index import VideoError
 from datasets import FRAME_RULES
 from runs.checkpoints import CheckpointError
 from tools.inference.trained import (

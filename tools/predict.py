@@ -24,9 +24,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
 from clips.lists import NO_LABEL, VideoList, read_labels
-from datasets import EvalDataset
+from datasets import ClipSettings, EvalDataset
 from evaluation import fuse_views
-from loaders import build_evaluation_loader
+from loaders import LoadSettings, build_evaluation_loader
 from runs.checkpoints import CheckpointError
 from tools.inference.trained import Trained, check_flags, find_videos, inference_parser, load_trained
 
@@ -55,14 +55,16 @@ def build_loader(
     dataset = EvalDataset(
         videos=videos,
         crops=clips.make_crops(clips.crops),
-        sampling=clips.sampling,
+        settings=ClipSettings(
+            sampling=clips.sampling,
+            num_frames=clips.num_frames,
+            sampling_rate=clips.sampling_rate,
+            decoder=decoder,
+        ),
         num_segments=clips.segments,
-        num_frames=clips.num_frames,
-        sampling_rate=clips.sampling_rate,
-        decoder=decoder,
     )
     workers = min(num_workers, n) if n > 1 else 0
-    return build_evaluation_loader(dataset, batch_size=batch_size, num_workers=workers)
+    return build_evaluation_loader(dataset, LoadSettings(batch_size=batch_size, num_workers=workers))
 
 
 def score_videos(

@@ -46,8 +46,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
+from clips.decoders import resolve_decoder
 from clips.lists import SPLITS, read_list
-from clips.video import resolve_decoder
 from tools.preparing.annotations import (
     READERS,
     Found,

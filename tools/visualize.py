@@ -33,10 +33,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
 from augment import COLOUR_STATISTICS, to_pixels
+from clips.decoders import resolve_decoder
 from clips.frame_indices import pretrain_clip
 from clips.lists import read_list
 from clips.transforms import View, apply_view
-from clips.video import VideoError, open_video, resolve_decoder
+from clips.video import open_video
+from clips.video_index import VideoError
 from masking_generator import visible_count
 from modeling_blocks import TUBELET
 from modeling_pretrain import PretrainVisionTransformer
@@ -105,10 +107,7 @@ def check_settings(args: argparse.Namespace) -> None:
         raise ValueError(f"--fps {args.fps:g} must lie between 0 and 50, which is as fast as players show a GIF")
     if args.error_top is not None and args.error_top <= 0:
         raise ValueError(f"--error_top {args.error_top:g} must be above 0")
-    try:
-        resolve_decoder(args.decoder)
-    except RuntimeError as error:
-        raise ValueError(f"--decoder {args.decoder}: {error}") from error
+    resolve_decoder(args.decoder)
 
 
 def list_videos(args: argparse.Namespace) -> list[str]:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from augment import COLOUR_STATISTICS, normalize, to_pixels
+from clips.decoders import resolve_decoder
 from clips.lists import ENDS_AS_VIDEO, SUFFIXES
 from clips.transforms import EvenCrops
-from clips.video import resolve_decoder
 from datasets import DATA_SETS, FRAME_RULES
 from modeling_finetune import VisionTransformer
 from optim import resolve_amp
@@ -66,10 +66,7 @@ def check_flags(args: argparse.Namespace, *more_counts: str) -> None:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
     if args.num_workers < 0:
         raise ValueError(f"--num_workers {args.num_workers} must be at least 0")
-    try:
-        resolve_decoder(args.decoder)
-    except RuntimeError as error:
-        raise ValueError(f"--decoder {args.decoder}: {error}") from error
+    resolve_decoder(args.decoder)
 
 
 def find_device(name: str) -> torch.device:

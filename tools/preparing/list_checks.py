@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from clips.lists import NO_LABEL, parse_line
-from clips.video import VideoError, open_video
+from clips.video import open_video
+from clips.video_index import VideoError
 from tools.preparing.transcode import three_frames
 
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import av
 import numpy as np
 
-from clips.video import VideoError, VideoIndex, index_video, open_video
+from clips.video import open_video
+from clips.video_index import VideoError, VideoIndex, index_video
 
 ABANDONED = 24 * 3600  # seconds after which no other run can still be at an unfinished file
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
