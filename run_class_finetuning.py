@@ -27,7 +27,7 @@ from runs.assembly import (
     build_schedule,
     clip_flags,
     describe,
-    loader_settings,
+    load_settings,
     open_session,
 )
 from runs.best import BestCheckpoint, resume_best
@@ -219,8 +219,8 @@ def build_loaders(args: argparse.Namespace, settings: Settings, world: World) ->
         **clip_flags(args),
     )
     return build_finetuning_loaders(
-        settings.lists,
-        data_set,
+        splits=settings.lists,
+        data_set=data_set,
         transform=build_finetune_transform(
             size=size,
             flip=data_set.flip,
@@ -229,8 +229,8 @@ def build_loaders(args: argparse.Namespace, settings: Settings, world: World) ->
             color_jitter=args.color_jitter,
             scale=tuple(args.crop_scale),
         ),
-        clips=clips,
-        loading=loader_settings(args, world),
+        settings=clips,
+        loading=load_settings(args, world),
         input_size=size,
         short_side=args.short_side_size or size,
         random_validation=args.random_validation,

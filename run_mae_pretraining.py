@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 from augment import COLOUR_STATISTICS, Colours, to_pixels
 from clips.lists import VideoList, check_readable, read_list
 from clips.transforms import build_pretrain_transform
-from datasets import ClipSettings
+from datasets import ClipSettings, TrainDataset
 from engine_for_pretraining import pretrain
-from loaders import build_pretraining_loader
+from loaders import build_training_loader
 from masking_generator import ALIASES, RULES, visible_count
 from modeling_blocks import POSITIONS
 from modeling_finetune import parse_model_name, token_grid
@@ -28,7 +28,7 @@ from runs.assembly import (
     build_schedule,
     clip_flags,
     describe,
-    loader_settings,
+    load_settings,
     open_session,
 )
 from runs.flags import AT_LEAST_ONE, ON_OFF, POSITIVE, Flags, check_common, common_parser
@@ -125,7 +125,8 @@ def build_loader(args: argparse.Namespace, videos: VideoList, size: int, world: 
         args.crop, size=size, interpolation=args.train_interpolation, color_jitter=args.color_jitter
     )
     clips = ClipSettings(sampling="pretrain", num_frames=args.num_frames, **clip_flags(args))
-    return build_pretraining_loader(videos, transform, clips, loader_settings(args, world))
+    dataset = TrainDataset(videos=videos, transform=transform, settings=clips)
+    return build_training_loader(dataset, load_settings(args, world))
 
 
 def picture_drawer(

@@ -6,11 +6,11 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
-from clips.decoders import resolve_decoder
 from torch import nn
 
+from clips.decoders import resolve_decoder
 from clips.lists import VideoList
-from loaders import EpochSampler, LoaderSettings
+from loaders import EpochSampler, LoadSettings
 from optim import Engine, cosine_schedule, create_optimizer, resolve_amp
 from runs.bad_steps import BadBatches
 from runs.bad_videos import BadVideos
@@ -97,8 +97,8 @@ def clip_flags(args: argparse.Namespace) -> dict:
     }
 
 
-def loader_settings(args: argparse.Namespace, world: World) -> LoaderSettings:
-    return LoaderSettings(
+def load_settings(args: argparse.Namespace, world: World) -> LoadSettings:
+    return LoadSettings(
         batch_size=args.batch_size,
         update_freq=args.update_freq,
         num_workers=args.num_workers,

@@ -62,7 +62,10 @@ class BadSteps:
         self.longest = torch.maximum(self.longest, self.in_row)
 
     def read(self) -> tuple[int, int, int]:
-        """Skipped steps in all, in a row until now, and in the longest row since the last call (as on all ranks)."""
+        """Skipped steps: in all, in a row until now, in the longest row since the last call; the same on all ranks.
+
+        Only this call waits for the device.
+        """
         total, in_row, longest = torch.stack([self.total, self.in_row, self.longest]).tolist()
         self.longest = self.in_row
         return int(total), int(in_row), int(longest)
