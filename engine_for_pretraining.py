@@ -1,54 +1,15 @@
 """The pre-training loop: one epoch of masking, reconstructing and stepping."""
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from augment import normalize, to_pixels
-from modeling_pretrain import PretrainOutput
 from optim import Engine
 from runs.logs import Progress
-from targets import reconstruction_error, reconstruction_targets, sampling_loss
+from targets import Losses
 from utils import World, seed_all
-
-
-@dataclass(frozen=True)
-class Losses:
-    """The two losses of AdaMAE (section 3.2): L = L_R + weight * L_S.
-
-    Args:
-        patch: pixels per side of a token.
-        normalize_target: standardise the target of each token and channel by its own pixels.
-        loss: "mse" or "l1"; `sampling_form`: "log" or "linear", as in `targets`.
-    """
-
-    patch: int
-    normalize_target: bool = True
-    loss: str = "mse"
-    sampling_form: str = "log"
-    sampling_weight: float = 1e-4
-
-    def __call__(self, output: PretrainOutput, pixels: Tensor) -> dict[str, Tensor]:
-        """Named device scalars; `loss` is the one to minimise. Pixels are (B,3,T,H,W) in [0,1]."""
-        target = reconstruction_targets(pixels, output.masked, self.patch, normalize=self.normalize_target)
-        error = reconstruction_error(output.prediction, target, self.loss)  # (B,Nm)
-        loss_r = error.mean()
-        if output.log_probs is None:
-            return {"loss": loss_r, "loss_reconstruction": loss_r}
-
-        log_p = output.log_probs  # (B,N)
-        loss_s = self.sampling_weight * sampling_loss(log_p, output.masked, error, self.sampling_form)
-        probs = log_p.detach().exp()
-        return {
-            "loss": loss_r + loss_s,
-            "loss_reconstruction": loss_r,
-            "loss_sampling": loss_s,
-            "probs_entropy": -(probs * log_p.detach()).sum(1).mean() / math.log(log_p.shape[1]),
-            "probs_max": probs.amax(1).mean(),
-        }
 
 
 def mask_numbers(batch: int, num_draws: int, *, clips_a_video: int, seed: tuple[int, ...], world: World) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from augment import COLOUR_STATISTICS, to_pixels
 from clips.lists import VideoList, check_readable, read_list
 from clips.transforms import build_pretrain_transform
-from engine_for_pretraining import Losses, pretrain_one_epoch
+from engine_for_pretraining import pretrain_one_epoch
 from loaders import build_pretraining_loader
 from masking_generator import ALIASES, RULES, visible_count
 from modeling_blocks import POSITIONS
@@ -20,6 +20,7 @@ from modeling_finetune import parse_model_name, token_grid
 from modeling_pretrain import PRETRAIN_MODELS, create_pretrain_model
 from optim import Engine
 from pictures import panels
+from pictures.reconstruction import PictureSettings
 from runs import watchdog
 from runs.flags import (
     ON_OFF,
@@ -35,7 +36,7 @@ from runs.logs import Console, Progress, RunLog
 from runs.program import run_program
 from runs.resuming import Checkpoints, Start, build_checkpoints, resume
 from runs.signals import StopSignals
-from targets import ERRORS
+from targets import ERRORS, TARGETS, Losses, create_target
 from utils import World, seed_all
 
 
@@ -66,6 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--softmax_temp", default=1.0, type=float, help="divides its logits (published: flag without effect)")
 
     add = parser.add_argument_group("losses").add_argument
+    add("--target", default="pixels", choices=list(TARGETS), help="what is reconstructed of a masked token")
     add("--normlize_target", "--normalize_target", dest="normalize_target", default=True, **ON_OFF,
         help="standardise each token's target by its own pixels")
     add("--loss", default="mse", choices=list(ERRORS), help="reconstruction error of a token")
@@ -112,6 +114,7 @@ def check_settings(args: argparse.Namespace) -> tuple[dict, VideoList]:
         "attn_init": args.attn_init,
         "drop_path": args.drop_path,
         "checkpoint_activations": args.use_checkpoint,
+        "target": args.target,
     }
     return model_settings, read_list(args.data_path, args.data_root)
 
@@ -193,8 +196,7 @@ def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack
         loader=loader,
         engine=engine,
         losses=Losses(
-            patch=engine.module.patch,
-            normalize_target=args.normalize_target,
+            target=create_target(args.target, patch=engine.module.patch, normalize=args.normalize_target),
             loss=args.loss,
             sampling_form=args.sampling_loss,
             sampling_weight=args.sampling_loss_weight,
@@ -262,12 +264,9 @@ def draw(run: Run, epoch: int, normalization: tuple) -> None:
     watchdog.tick("drawing")
     dataset = run.loader.dataset
     clips = torch.stack([dataset[0, i]["clips"][0] for i in range(min(4, len(dataset)))])  # (n,3,T,H,W)
-    picture = panels.training_picture(
-        run.engine.module,
-        to_pixels(clips.to(run.world.device)),
-        normalization=normalization,
-        normalize_target=run.args.normalize_target,
-    )
+    settings = PictureSettings(target=run.losses.target, normalization=normalization)
+    pixels = to_pixels(clips.to(run.world.device))  # (n,3,T,H,W) in [0,1]
+    picture = panels.training_picture(run.engine.module, pixels, settings)
     run.log.picture(epoch, picture)
 
 
