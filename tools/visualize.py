@@ -89,9 +89,8 @@ def read_training(settings: dict, flags: dict, *, patch: int) -> tuple[PictureSe
     """
     statistics = "imagenet" if flags.get("imagenet_default_mean_and_std", True) else "half"
     target = trained_target(settings, flags, patch=patch)
-    return PictureSettings(target=target, normalization=COLOUR_STATISTICS[statistics]), flags.get(
-        "sampling_rate", 4
-    )
+    shown = PictureSettings(target=target, normalization=COLOUR_STATISTICS[statistics])
+    return shown, flags.get("sampling_rate", 4)
 
 
 def check_settings(args: argparse.Namespace) -> None:
