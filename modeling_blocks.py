@@ -47,6 +47,13 @@ POSITIONS = {
 }
 
 
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """The rows of tokens (B,N,D), or of a table (N,D), at an index (B,n): (B,n,D)."""
+    if x.ndim == 2:
+        return x[index]
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
 class TubeletEmbed(nn.Module):
     """Cuts a clip (B,3,T,H,W) into tubelets and embeds each: (B,N,D), tokens in (t,h,w) order, w fastest."""
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling_blocks import POSITIONS, TUBELET, Blocks, TubeletEmbed
+from utils import SettingError
 
 
 class Size(NamedTuple):
@@ -55,7 +56,7 @@ def parse_model_name(name: str, known: Collection[str]) -> tuple[Size, int, int]
         ValueError: `name` is not one of `known`.
     """
     if name not in known:
-        raise ValueError(f"--model {name}: no such model; choose one of {', '.join(sorted(known))}")
+        raise SettingError(f"--model {name}: no such model; choose one of {', '.join(sorted(known))}")
     size, patch, img = re.fullmatch(rf".*_({'|'.join(SIZES)})_.*patch(\d+)_(\d+)", name).groups()
     return SIZES[size], int(patch), int(img)
 
@@ -67,9 +68,9 @@ def token_grid(num_frames: int, input_size: int, patch: int, tubelet: int = TUBE
         ValueError: the frames or pixels do not divide into tubelets or patches.
     """
     if num_frames % tubelet or num_frames < 1:
-        raise ValueError(f"--num_frames {num_frames} is not a multiple of the tubelet size {tubelet}")
+        raise SettingError(f"--num_frames {num_frames} is not a multiple of the tubelet size {tubelet}")
     if input_size % patch or input_size < 1:
-        raise ValueError(f"--input_size {input_size} is not a multiple of the patch size {patch}")
+        raise SettingError(f"--input_size {input_size} is not a multiple of the patch size {patch}")
     return num_frames // tubelet, input_size // patch, input_size // patch
 
 
@@ -164,7 +165,7 @@ class VisionTransformer(nn.Module):
                 self.register_buffer("positions", table, persistent=False)
         else:
             known = ", ".join(CLASSIFIER_POSITIONS)
-            raise ValueError(f"--pos_embed {self.pos_kind}: no such positions; choose one of {known}")
+            raise SettingError(f"--pos_embed {self.pos_kind}: no such positions; choose one of {known}")
 
     def _initialise(self, init_scale: float) -> None:
         for module in self.modules():

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch.utils.data import DataLoader
 
-from augment import COLOUR_STATISTICS, Colours, to_pixels
+from augment import COLOUR_STATISTICS, to_pixels
 from clips.lists import VideoList, check_readable, read_list
 from clips.transforms import build_pretrain_transform
 from datasets import ClipSettings, TrainDataset
@@ -20,6 +20,7 @@ from modeling_finetune import parse_model_name, token_grid
 from modeling_pretrain import PRETRAIN_MODELS, create_pretrain_model
 from optim import Engine
 from pictures.panels import training_picture
+from pictures.reconstruction import PictureSettings
 from runs import watchdog
 from runs.assembly import (
     Session,
@@ -35,7 +36,7 @@ from runs.flags import AT_LEAST_ONE, ON_OFF, POSITIVE, Flags, check_common, comm
 from runs.program import run_program
 from runs.signals import StopSignals
 from runs.training import TrainingRun
-from targets import ERRORS, TARGETS, Losses, Target, create_target
+from targets import ERRORS, TARGETS, Losses, create_target
 from utils import SettingError, World, seed_all
 
 
@@ -134,8 +135,7 @@ def picture_drawer(
     run: TrainingRun,
     engine: Engine,
     loader: DataLoader,
-    target: Target,
-    colours: Colours,
+    settings: PictureSettings,
 ) -> Callable[[int], None]:
     """A function of the epoch that draws the five panels of the list's first clips, always the same ones."""
 
@@ -147,7 +147,7 @@ def picture_drawer(
         dataset = loader.dataset
         clips = torch.stack([dataset[0, i]["clips"][0] for i in range(min(4, len(dataset)))])  # (n,3,T,H,W)
         pixels = to_pixels(clips.to(engine.device))
-        run.log.picture(epoch, training_picture(engine.module, pixels, target=target, normalization=colours))
+        run.log.picture(epoch, training_picture(engine.module, pixels, settings))
 
     return draw
 
@@ -188,7 +188,9 @@ def train(session: Session, model_settings: dict, videos: VideoList) -> None:
         colours=colours,
         schedule=build_schedule(args, args.batch_size * args.update_freq * world.size, steps_per_epoch),
         seed=args.seed,
-        after_epoch=picture_drawer(args.vis_freq, run, engine, loader, target, colours),
+        after_epoch=picture_drawer(
+            args.vis_freq, run, engine, loader, PictureSettings(target=target, normalization=colours)
+        ),
     )
 
 

@@ -1,21 +1,26 @@
-"""Pixels to targets and back, and the two losses of AdaMAE."""
+"""What is reconstructed, and the losses: L = L_R + w L_S.
+
+A new target is a subclass of `Target` and a row in `TARGETS`. The decoder's width, the losses and the pictures
+follow from it.
+"""
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from modeling_blocks import TUBELET
-from modeling_pretrain import PretrainOutput
+from modeling_blocks import TUBELET, gather_tokens
+from utils import SettingError
 
 EPS = torch.finfo(torch.float32).eps
 LOG_P_RANGE = math.log(EPS), math.log(1 - EPS)  # a Categorical of the published code clamps P to [EPS, 1-EPS]
 
 
 def patchify(pixels: Tensor, patch: int, tubelet: int = TUBELET) -> Tensor:
-    """Cuts clips (B,3,T,H,W) into tokens (B,N,P), tokens in (t,h,w) order, P = tubelet*p*p*3.
+    """Cuts clips (B,3,T,H,W) into tokens (B,N,P) in (t,h,w) order, P = tubelet*p*p*3.
 
     Inside a token the order is frame, row, column, channel, with the channel fastest.
     """
@@ -41,24 +46,7 @@ def patch_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return per_channel.mean(2, keepdim=True), per_channel.std(2, keepdim=True) + 1e-6
 
 
-def reconstruction_targets(pixels: Tensor, masked: Tensor, patch: int, *, normalize: bool = True) -> Tensor:
-    """Targets of the masked tokens (AdaMAE section 3.2).
-
-    Args:
-        pixels: clips (B,3,T,H,W) float32 in [0,1].
-        masked: int64 (B,Nm).
-        normalize: standardise each token and channel by its own pixels; else raw pixels.
-
-    Returns:
-        (B,Nm,P) float32.
-    """
-    tokens = patchify(pixels, patch)  # (B,N,P)
-    tokens = tokens.gather(1, masked[:, :, None].expand(-1, -1, tokens.shape[2]))  # (B,Nm,P)
-    if not normalize:
-        return tokens
-    mean, std = patch_statistics(tokens)
-    return rearrange((rearrange(tokens, "b n (x c) -> b n x c", c=3) - mean) / std, "b n x c -> b n (x c)")
-
+# --- the targets --------------------------------------------------------------------------------------------
 
 ERRORS = {
     "mse": lambda difference: difference.square().mean(2),
@@ -67,23 +55,133 @@ ERRORS = {
 }
 
 
-def reconstruction_error(prediction: Tensor, target: Tensor, loss: str = "mse") -> Tensor:
-    """Error of each masked token, in float32: (B,Nm,P) twice -> (B,Nm); `loss` is one of `ERRORS`.
+class Target:
+    """What the decoder predicts of each masked token.
 
-    Its mean is the reconstruction loss L_R (AdaMAE section 3.2). The published code takes the mean square,
-    "mse", where the paper writes an l2 norm.
+    A subclass defines `width` and `__call__`. It overrides `error` where a difference of two vectors is not
+    the measure, and `to_pixels` where a prediction can be drawn.
+
+    Args:
+        patch: pixels per side of a token.
+        normalize: standardise the target; ignored by a target for which that means nothing.
     """
-    return ERRORS[loss](prediction.float() - target)  # (B,Nm)
+
+    width: int  # numbers that the decoder predicts for a token
+    prediction_note = "this target can't be drawn"  # caption of the prediction's panel
+    error_note = "mean square"  # caption of the error's panel
+    error_top: float | None = None  # end of the error's colour scale; None: the largest error of the clips
+
+    def __init__(self, *, patch: int, normalize: bool = True):
+        self.patch, self.normalize = patch, normalize
+
+    def __call__(self, pixels: Tensor, masked: Tensor) -> Tensor:
+        """The target of the masked tokens.
+
+        Args:
+            pixels: clips (B,3,T,H,W) float32 in [0,1].
+            masked: int64 (B,Nm).
+
+        Returns:
+            (B,Nm,width) float32, or whatever else `error` compares predictions with.
+        """
+        raise NotImplementedError
+
+    def error(self, prediction: Tensor, target: Tensor, loss: str = "mse") -> Tensor:
+        """The error of each masked token, whose mean is the reconstruction loss L_R (AdaMAE section 3.2).
+
+        Args:
+            prediction: (B,Nm,width) in any floating-point type.
+            target: as `__call__` returns it.
+            loss: one of `ERRORS`. The published code takes the mean square where the paper writes an l2 norm.
+
+        Returns:
+            (B,Nm) float32.
+        """
+        return ERRORS[loss](prediction.float() - target)  # (B,Nm)
+
+    def to_pixels(self, prediction: Tensor, pixels: Tensor) -> Tensor | None:
+        """Predictions (B,N,width) float32 of all tokens of clips (B,3,T,H,W) as tokens of pixels (B,N,P).
+
+        None, the default, says that this target can't be drawn.
+        """
+        return None
+
+
+class Pixels(Target):
+    """Pixels, each token and channel standardised by its own mean and deviation, or raw (AdaMAE section 3.2)."""
+
+    def __init__(self, *, patch: int, normalize: bool = True):
+        super().__init__(patch=patch, normalize=normalize)
+        self.width = TUBELET * patch * patch * 3
+        self.prediction_note = "patch mean and std from the original" if normalize else "raw pixels"
+        space = "normalised pixels (1: patch mean alone)" if normalize else "raw pixels"
+        self.error_note = f"mean square over {space}"
+        self.error_top = 2.0 if normalize else None
+
+    def __call__(self, pixels: Tensor, masked: Tensor) -> Tensor:
+        tokens = gather_tokens(patchify(pixels, self.patch), masked)  # (B,Nm,P)
+        if not self.normalize:
+            return tokens
+        mean, std = patch_statistics(tokens)
+        return rearrange((rearrange(tokens, "b n (x c) -> b n x c", c=3) - mean) / std, "b n x c -> b n (x c)")
+
+    def to_pixels(self, prediction: Tensor, pixels: Tensor) -> Tensor:
+        """Normalised predictions get the statistics of the original patch, which a masked model can't know."""
+        if not self.normalize:
+            return prediction
+        mean, std = patch_statistics(patchify(pixels, self.patch))
+        tokens = rearrange(prediction, "b n (x c) -> b n x c", c=3) * std + mean
+        return rearrange(tokens, "b n x c -> b n (x c)")  # (B,N,P)
+
+
+TARGETS: dict[str, type[Target]] = {"pixels": Pixels}
+
+
+def create_target(name: str, *, patch: int, normalize: bool = True) -> Target:
+    """Builds a target of `TARGETS`.
+
+    Raises:
+        SettingError: there is no such target.
+    """
+    if name not in TARGETS:
+        raise SettingError(f"--target {name}: no such target; choose one of {', '.join(TARGETS)}")
+    return TARGETS[name](patch=patch, normalize=normalize)
+
+
+def trained_target(settings: dict, flags: dict, *, patch: int) -> Target:
+    """The target that a checkpoint was trained on: normalised pixels unless its settings and flags say otherwise.
+
+    Args:
+        settings: model settings of the checkpoint, empty in files that are not ours.
+        flags: flags of the run that made it, under our names or the published code's.
+    """
+    normalize = flags.get("normalize_target", flags.get("normlize_target", True))
+    return create_target(settings.get("target", "pixels"), patch=patch, normalize=normalize)
+
+
+# --- the losses ---------------------------------------------------------------------------------------------
+
+
+class PretrainOutput(NamedTuple):
+    """What a pre-training model returns: the prediction, and which tokens it is of."""
+
+    prediction: Tensor  # (B,Nm,width), in `masked` order
+    visible: Tensor  # (B,Nv) int64, ascending
+    masked: Tensor  # (B,Nm) int64, ascending
+    log_probs: Tensor | None  # (B,N) float32 log P of the adaptive sampler, None without one
 
 
 def sampling_loss(log_probs: Tensor, masked: Tensor, error: Tensor, form: str = "log") -> Tensor:
-    """The sampler's loss L_S, REINFORCE-style (AdaMAE section 3.2): probability is to go where the error is.
+    """The sampler's loss L_S (AdaMAE section 3.2), which moves probability to where the error is.
 
     Args:
         log_probs: log P, (B,N) float32.
         masked: int64 (B,Nm).
         error: reconstruction error of the masked tokens (B,Nm); no gradient flows into it.
         form: "log", the published code: -mean(log p * error), or "linear", the paper: -sum(p * error).
+
+    Returns:
+        A scalar, the mean over the clips.
     """
     error = error.detach()
     log_p = log_probs.gather(1, masked).clamp(*LOG_P_RANGE)  # (B,Nm)
@@ -92,33 +190,37 @@ def sampling_loss(log_probs: Tensor, masked: Tensor, error: Tensor, form: str = 
     return -(log_p * error).mean()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Losses:
-    """The two losses of AdaMAE (section 3.2): L = L_R + weight * L_S.
+    """The two losses of AdaMAE (section 3.2): L = L_R + w L_S.
 
     Args:
-        patch: pixels per side of a token.
-        normalize_target: standardise the target of each token and channel by its own pixels.
-        loss: "mse" or "l1"; `sampling_form`: "log" or "linear", as in `targets`.
+        target: what is reconstructed.
+        loss: reconstruction error of a token, one of `ERRORS`.
+        sampling_form: form of L_S, as in `sampling_loss`.
+        sampling_weight: w.
     """
 
-    patch: int
-    normalize_target: bool = True
+    target: Target
     loss: str = "mse"
     sampling_form: str = "log"
     sampling_weight: float = 1e-4
 
     def __call__(self, output: PretrainOutput, pixels: Tensor) -> dict[str, Tensor]:
-        """Named device scalars; `loss` is the one to minimise. Pixels are (B,3,T,H,W) in [0,1]."""
-        target = reconstruction_targets(pixels, output.masked, self.patch, normalize=self.normalize_target)
-        error = reconstruction_error(output.prediction, target, self.loss)  # (B,Nm)
+        """The losses of clips (B,3,T,H,W) in [0,1], as named scalars on their device.
+
+        Returns:
+            `loss`, the one to minimise, and its parts. Without a sampler there is only L_R.
+        """
+        target = self.target(pixels, output.masked)  # (B,Nm,width)
+        error = self.target.error(output.prediction, target, self.loss)  # (B,Nm)
         loss_r = error.mean()
         if output.log_probs is None:
             return {"loss": loss_r, "loss_reconstruction": loss_r}
 
         log_p = output.log_probs  # (B,N)
         loss_s = self.sampling_weight * sampling_loss(log_p, output.masked, error, self.sampling_form)
-        probs = log_p.detach().exp()
+        probs = log_p.detach().exp()  # (B,N)
         return {
             "loss": loss_r + loss_s,
             "loss_reconstruction": loss_r,

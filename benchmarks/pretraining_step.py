@@ -24,11 +24,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from augment import IMAGENET_MEAN, IMAGENET_STD, normalize, to_pixels
-from engine_for_pretraining import Losses
 from modeling_pretrain import create_pretrain_model
 from optim import Engine, create_optimizer, resolve_amp
 from runs.logs import memory_gib
-from targets import patchify
+from targets import Losses, create_target, patchify
 
 MODEL = "pretrain_videomae_base_patch16_224"
 PEERS = {"this": "published way", "this (tube)": "Hugging Face VideoMAE"}
@@ -39,7 +38,7 @@ def this(device, amp, settings, mask_type="adaptive"):
     model = create_pretrain_model(MODEL, mask_type=mask_type, mask_ratio=settings.mask_ratio).to(device)
     optimizer = create_optimizer(model, lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95))
     engine = Engine(model, optimizer, device=device, amp=amp, compile_model=settings.compile)
-    losses = Losses(patch=model.patch)
+    losses = Losses(target=create_target("pixels", patch=model.patch))
 
     def step(clips):
         pixels = to_pixels(clips)

@@ -62,7 +62,7 @@ class BadSteps:
         self.longest = torch.maximum(self.longest, self.in_row)
 
     def read(self) -> tuple[int, int, int]:
-        """Skipped steps: in all, in a row until now, in the longest row since the last call; the same on all ranks.
+        """Skipped steps: in all, in a row until now, in the longest row since the last call; equal on all ranks.
 
         Only this call waits for the device.
         """

@@ -21,6 +21,7 @@ from torch import Tensor
 from modeling_blocks import TUBELET
 from modeling_finetune import SIZES
 from modeling_pretrain import PRETRAIN_MODELS, PretrainVisionTransformer, create_pretrain_model
+from utils import UserError
 
 # What the published files hold beside tensors, text and numbers: flags, and learning rates taken from a
 # schedule in numpy. Paths become such as can't touch the disk.
@@ -52,7 +53,7 @@ HUGGING_FACE_NAMES = {
 LAST, PREVIOUS = "checkpoint-last.pth", "checkpoint-previous.pth"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that can't be used; the message names the file and says why and what to do."""
 
 
@@ -323,17 +324,18 @@ def guess_pretrain_settings(weights: dict[str, Tensor]) -> dict:
     raise CheckpointError(f"no known pre-training model has width {dim} and patch {patch}")
 
 
-def load_pretrain_model(path: str | Path, **changes) -> PretrainVisionTransformer:
+def load_pretrain_model(path: str | Path, found: Weights | None = None, **changes) -> PretrainVisionTransformer:
     """The pre-training model of an AdaMAE or VideoMAE checkpoint, in evaluation mode.
 
     Args:
         path: file or folder, as in `load_weights`.
+        found: what `load_weights` has read from it, if it has.
         changes: settings of `create_pretrain_model` to use instead of the checkpoint's, e.g. `mask_ratio`.
 
     Raises:
         CheckpointError: the file is unreadable, no pre-training checkpoint, or doesn't fit the settings.
     """
-    found = load_weights(path)
+    found = found or load_weights(path)
     if "encoder.patch_embed.proj.weight" not in found.tensors:
         raise CheckpointError(f"{path}: not a pre-training checkpoint (no encoder.patch_embed.proj.weight)")
     settings = {**(found.settings or guess_pretrain_settings(found.tensors)), **changes}

@@ -6,7 +6,7 @@ import torch
 from augment import IMAGENET_MEAN, IMAGENET_STD
 from modeling_finetune import Size, VisionTransformer
 from modeling_pretrain import PretrainVisionTransformer
-from targets import reconstruction_error, reconstruction_targets
+from targets import create_target
 
 transformers = pytest.importorskip("transformers")
 
@@ -71,8 +71,15 @@ def classifier_from_huggingface(theirs: dict) -> dict:
 def test_videomae_equals_huggingface():
     torch.manual_seed(0)
     size = Size(dim=32, depth=2, heads=4, decoder_dim=16, decoder_heads=2)
+    target = create_target("pixels", patch=4)
     ours = PretrainVisionTransformer(
-        size=size, patch=4, window=(4, 4, 4), mask_type="tube", mask_ratio=0.75, decoder_depth=2
+        size=size,
+        patch=4,
+        window=(4, 4, 4),
+        target_width=target.width,
+        mask_type="tube",
+        mask_ratio=0.75,
+        decoder_depth=2,
     )
     for p in ours.parameters():  # biases and norms away from 0 and 1, so that each of them counts
         torch.nn.init.normal_(p, std=0.1) if p.ndim == 1 else None
@@ -102,7 +109,7 @@ def test_videomae_equals_huggingface():
     out = ours(clip)
     hidden = torch.zeros(2, 64, dtype=torch.bool).scatter(1, out.masked, True)
     expected = theirs(clip.transpose(1, 2), bool_masked_pos=hidden)
-    error = reconstruction_error(out.prediction, reconstruction_targets(pixels, out.masked, 4))
+    error = target.error(out.prediction, target(pixels, out.masked))
 
     torch.testing.assert_close(out.prediction, expected.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(error.mean(), expected.loss, rtol=1e-4, atol=1e-6)

@@ -11,7 +11,7 @@ from masking_generator import RULES
 from modeling_blocks import sinusoid_1d, sinusoid_3d
 from modeling_finetune import Size
 from modeling_pretrain import PretrainVisionTransformer, create_pretrain_model
-from targets import reconstruction_error, reconstruction_targets, sampling_loss
+from targets import create_target, sampling_loss
 
 BASE, TINY = "pretrain_videomae_base_patch16_224", "pretrain_videomae_tiny_patch8_64"
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1, 1)
@@ -27,6 +27,7 @@ def model_of(config: dict, state: dict, **settings) -> PretrainVisionTransformer
         size=Size(config["dim"], config["depth"], config["heads"], config["ddim"], config["dheads"]),
         patch=config["patch"],
         window=(num_frames // slots, grid, grid),
+        target_width=create_target("pixels", patch=config["patch"]).width,
         mask_ratio=config["ratio"],
         decoder_depth=config["ddepth"],
         **settings,
@@ -43,8 +44,9 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float, wha
 
 def losses(model, clip, visible, *, normalize: bool = True, loss: str = "mse"):
     out = model(clip, visible)
-    target = reconstruction_targets(clip * STD + MEAN, out.masked, model.patch, normalize=normalize)
-    return out, target, reconstruction_error(out.prediction, target, loss)
+    pixels = create_target("pixels", patch=model.patch, normalize=normalize)
+    target = pixels(clip * STD + MEAN, out.masked)
+    return out, target, pixels.error(out.prediction, target, loss)
 
 
 @needs_golden
@@ -211,7 +213,8 @@ def backward(model, *, reconstruction: float, sampling: float) -> dict[str, torc
     """Gradients by name of a weighted sum of the two losses on one random clip."""
     pixels = torch.rand(2, 3, 16, 32, 32)
     out = model(pixels)
-    error = reconstruction_error(out.prediction, reconstruction_targets(pixels, out.masked, model.patch))
+    target = create_target("pixels", patch=model.patch)
+    error = target.error(out.prediction, target(pixels, out.masked))
     loss_s = sampling_loss(out.log_probs, out.masked, error)
     (reconstruction * error.mean() + sampling * loss_s).backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -306,6 +309,7 @@ def test_logits_that_are_not_finite_give_finite_log_probabilities():
         (TINY, {"num_frames": 15}, "num_frames 15"),
         (TINY, {"mask_ratio": 1.5}, "mask_ratio 1.5"),
         (TINY, {"attn_init": "zero"}, "attn_init zero"),
+        (TINY, {"target": "voxels"}, "target voxels"),
     ],
 )
 def test_impossible_models_are_refused(name, settings, words):

@@ -6,13 +6,17 @@ from golden import needs_golden, tensors
 
 from targets import (
     LOG_P_RANGE,
+    create_target,
     patch_statistics,
     patchify,
-    reconstruction_error,
-    reconstruction_targets,
     sampling_loss,
+    trained_target,
     unpatchify,
 )
+from utils import SettingError
+
+NORMALISED = create_target("pixels", patch=8)
+RAW = create_target("pixels", patch=8, normalize=False)
 
 
 def test_patchify_follows_the_published_order():
@@ -34,35 +38,54 @@ def test_patchify_round_trip(patch, shape):
 
 def test_normalised_targets_are_standardised_by_token_and_channel():
     pixels, masked = torch.rand(2, 3, 4, 16, 16), torch.tensor([[0, 3, 5], [1, 2, 7]])
-    target = reconstruction_targets(pixels, masked, 8).view(2, 3, -1, 3)
+    target = NORMALISED(pixels, masked).view(2, 3, -1, 3)
     torch.testing.assert_close(target.mean(2), torch.zeros(2, 3, 3), rtol=0, atol=1e-5)
     torch.testing.assert_close(target.std(2), torch.ones(2, 3, 3), rtol=0, atol=1e-4)
-    raw = reconstruction_targets(pixels, masked, 8, normalize=False)
+    raw = RAW(pixels, masked)
     assert torch.equal(raw[1, 2], patchify(pixels, 8)[1, 7])
 
 
 def test_patch_statistics_undo_the_normalisation():
     pixels, masked = torch.rand(1, 3, 2, 16, 16), torch.tensor([[0, 1, 2, 3]])
-    raw = reconstruction_targets(pixels, masked, 8, normalize=False)
+    raw = RAW(pixels, masked)
     mean, std = patch_statistics(raw)
-    back = reconstruction_targets(pixels, masked, 8).view(1, 4, -1, 3) * std + mean
+    back = NORMALISED(pixels, masked).view(1, 4, -1, 3) * std + mean
     torch.testing.assert_close(back.flatten(2), raw, rtol=0, atol=1e-6)
 
 
 def test_targets_of_flat_patches_are_finite():
-    target = reconstruction_targets(torch.full((1, 3, 2, 8, 8), 0.3), torch.tensor([[0]]), 8)
+    target = NORMALISED(torch.full((1, 3, 2, 8, 8), 0.3), torch.tensor([[0]]))
     assert target.isfinite().all()
 
 
 def test_errors_are_computed_in_float32():
     prediction = torch.randn(2, 5, 12, dtype=torch.bfloat16)
     target = torch.randn(2, 5, 12)
-    error = reconstruction_error(prediction, target)
+    error = NORMALISED.error(prediction, target)
     assert error.dtype == torch.float32
     torch.testing.assert_close(error, (prediction.float() - target).pow(2).mean(2))
     difference = prediction.float() - target
-    torch.testing.assert_close(reconstruction_error(prediction, target, "l1"), difference.abs().mean(2))
-    torch.testing.assert_close(reconstruction_error(prediction, target, "l2"), difference.square().sum(2).sqrt())
+    torch.testing.assert_close(NORMALISED.error(prediction, target, "l1"), difference.abs().mean(2))
+    torch.testing.assert_close(NORMALISED.error(prediction, target, "l2"), difference.square().sum(2).sqrt())
+
+
+def test_an_unknown_target_is_refused():
+    with pytest.raises(SettingError, match="--target voxels: no such target; choose one of pixels"):
+        create_target("voxels", patch=8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "normalize"),
+    [
+        ({}, {}, True),
+        ({"target": "pixels"}, {"normalize_target": False}, False),
+        ({}, {"normlize_target": False}, False),
+    ],
+)
+def test_the_target_of_a_checkpoint(settings, flags, normalize):
+    """Files of before there were targets, and of the published code, have normalised pixels by default."""
+    target = trained_target(settings, flags, patch=4)
+    assert (type(target), target.patch, target.normalize) == (type(NORMALISED), 4, normalize)
 
 
 @needs_golden

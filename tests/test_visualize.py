@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,18 @@ from augment import normalize, to_pixels
 from clips.video import open_video
 from masking_generator import visible_count
 from modeling_pretrain import create_pretrain_model
-from pictures import panels
-from runs.checkpoints import save_checkpoint
-from targets import patchify, reconstruction_targets, unpatchify
+from pictures import drawing, panels
+from pictures.reconstruction import PictureSettings, predict_all, reconstruct, undisturbed
+from runs.checkpoints import load_weights, save_checkpoint
+from targets import create_target, patchify, unpatchify
 
 PROGRAM = Path(__file__).resolve().parent.parent / "tools" / "visualize.py"
 spec = importlib.util.spec_from_file_location("visualize", PROGRAM)
 visualize = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(visualize)
 
+PIXELS = create_target("pixels", patch=8)
+SHOWN = PictureSettings(target=PIXELS)
 SETTINGS = {"name": "pretrain_videomae_tiny_patch8_64", "num_frames": 8, "input_size": 32, "mask_ratio": 0.9}
 
 
@@ -56,61 +60,62 @@ def by_token(frames, rec):
     return patchify(torch.from_numpy(frames).permute(0, 4, 1, 2, 3), rec.patch)
 
 
-# ------------------------------------------------------------------------------------------------ the panels
+# --- the panels ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mask_type", ["adaptive", "tube"])
 def test_five_panels_of_every_frame(pixels, mask_type):
-    shown = panels.five_panels(panels.reconstruct(make_model(mask_type=mask_type), pixels))
+    shown = panels.five_panels(reconstruct(make_model(mask_type=mask_type), pixels, SHOWN))
     assert [p.label.title.split()[0] for p in shown] == [*("video", "prediction", "error", "probability", "mask")]
     assert all(p.frames.shape == (2, 8, 32, 32, 3) and p.frames.dtype == np.uint8 for p in shown)
     assert np.array_equal(shown[0].frames, frames_of(pixels))
 
 
 def test_a_model_without_a_sampler_has_a_blank_probability_panel(pixels):
-    rec = panels.reconstruct(make_model(mask_type="tube"), pixels)
+    rec = reconstruct(make_model(mask_type="tube"), pixels, SHOWN)
     panel = panels.probability_panel(rec)
     assert "no sampler" in panel.label.notes
     assert len(np.unique(panel.frames)) == 1
 
 
 def test_pasted_patches_are_the_original(model, pixels):
-    rec = panels.reconstruct(model, pixels, show_visible="pasted")
+    rec = reconstruct(model, pixels, replace(SHOWN, show_visible="pasted"))
     shown, original = by_token(panels.prediction_panel(rec).frames, rec), by_token(frames_of(pixels), rec)
     assert torch.equal(shown[rec.visible], original[rec.visible])
     assert not torch.equal(shown[~rec.visible], original[~rec.visible])
 
 
 def test_predicted_differs_from_pasted_in_the_visible_patches_only(model, pixels):
-    pasted = panels.reconstruct(model, pixels, show_visible="pasted")
-    predicted = panels.reconstruct(model, pixels, show_visible="predicted")
+    pasted = reconstruct(model, pixels, replace(SHOWN, show_visible="pasted"))
+    predicted = reconstruct(model, pixels, replace(SHOWN, show_visible="predicted"))
     assert torch.equal(pasted.visible, predicted.visible)
     differs = (patchify(pasted.prediction - predicted.prediction, 8) != 0).any(2)
     assert torch.equal(differs, pasted.visible)
 
 
 def test_predictions_of_all_tokens_hold_those_of_the_masked_ones(model, pixels):
-    with panels.undisturbed(model, 0):
-        out, predicted = panels.predict_all(model, normalize(pixels), None)
+    with undisturbed(model, 0):
+        out, predicted = predict_all(model, normalize(pixels), None)
     of_masked = predicted.gather(1, out.masked[:, :, None].expand_as(out.prediction))
     torch.testing.assert_close(of_masked, out.prediction)
 
 
 def test_unnormalising_the_true_target_gives_the_original(pixels):
     everything = torch.arange(64).expand(2, -1)
-    target = reconstruction_targets(pixels, everything, 8)
-    restored = unpatchify(panels.unnormalize(target, patchify(pixels, 8)), (4, 4, 4), 8)
+    target = PIXELS(pixels, everything)
+    restored = unpatchify(PIXELS.to_pixels(target, pixels), (4, 4, 4), 8)
     torch.testing.assert_close(restored, pixels, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("normalize_target", [True, False])
 def test_the_caption_says_where_the_statistics_come_from(model, pixels, normalize_target):
-    rec = panels.reconstruct(model, pixels, normalize_target=normalize_target)
+    target = create_target("pixels", patch=8, normalize=normalize_target)
+    rec = reconstruct(model, pixels, PictureSettings(target=target))
     assert any("original" in note for note in panels.prediction_panel(rec).label.notes) == normalize_target
 
 
 def test_the_mask_panel_shows_exactly_the_visible_tokens(model, pixels):
-    rec = panels.reconstruct(model, pixels)
+    rec = reconstruct(model, pixels, SHOWN)
     panel = panels.mask_panel(rec)
     shown, original = by_token(panel.frames, rec), by_token(frames_of(pixels), rec)
     grey = (shown == round(panels.GREY * 255)).all(2)
@@ -120,9 +125,9 @@ def test_the_mask_panel_shows_exactly_the_visible_tokens(model, pixels):
 
 
 def test_the_error_map_is_grey_where_visible_and_brighter_where_larger(model, pixels):
-    rec = panels.reconstruct(model, pixels)
+    rec = reconstruct(model, pixels, replace(SHOWN, error_top=2.0))
     assert torch.equal(rec.error.isnan(), rec.visible)
-    tokens = by_token(panels.error_panel(rec, 2.0).frames, rec).float()
+    tokens = by_token(panels.error_panel(rec).frames, rec).float()
     assert (tokens == tokens[:, :, :1]).all(2)[rec.visible].all(), "visible tokens are one grey"
     assert (tokens.view(2, 64, -1, 3).std(2) == 0).all(), "one colour a token"
     colour_map = panels.colormaps[panels.ERROR_COLOURS]
@@ -131,7 +136,7 @@ def test_the_error_map_is_grey_where_visible_and_brighter_where_larger(model, pi
 
 
 def test_clips_share_the_scale_of_the_probabilities(pixels):
-    rec = panels.reconstruct(make_model(), pixels)
+    rec = reconstruct(make_model(), pixels, SHOWN)
     log_probs = torch.full((2, 64), 1 / 64).log()
     log_probs[1, :2] = torch.tensor([0.5 / 64, 1.5 / 64]).log()
     panel = panels.probability_panel(rec._replace(log_probs=log_probs))
@@ -141,20 +146,20 @@ def test_clips_share_the_scale_of_the_probabilities(pixels):
     assert panel.label.scale[1:] == ("0", "1.5")
 
 
-def test_an_unknown_way_to_show_visible_patches_is_refused(model, pixels):
+def test_an_unknown_way_to_show_visible_patches_is_refused():
     with pytest.raises(ValueError, match=r"--visible blank.*pasted or predicted"):
-        panels.reconstruct(model, pixels, show_visible="blank")
+        PictureSettings(target=PIXELS, show_visible="blank")
 
 
-# ----------------------------------------------------------------------------------------- four masking rules
+# --- four masking rules -------------------------------------------------------------------------------------
 
 
 def test_the_comparison_shows_what_each_rule_leaves_visible(model, pixels):
-    shown = panels.mask_panels(model, pixels[:1], mask_ratio=0.8)
+    shown = panels.mask_panels(model, pixels[:1], SHOWN, mask_ratio=0.8)
     assert len(shown) == 1 + 2 * 4
     original = frames_of(pixels[:1])
     for rule, panel in zip(panels.COMPARED, shown[1::2]):
-        rec = panels.reconstruct(model, pixels[:1])
+        rec = reconstruct(model, pixels[:1], SHOWN)
         grey = (by_token(panel.frames, rec) == round(panels.GREY * 255)).all(2)
         count = visible_count(rule, 0.8, model.window)
         assert (~grey).sum() == count, rule
@@ -168,17 +173,17 @@ def test_the_comparison_shows_what_each_rule_leaves_visible(model, pixels):
 
 
 def test_the_comparison_without_a_sampler_says_so(pixels):
-    shown = panels.mask_panels(make_model(mask_type="random"), pixels[:1])
+    shown = panels.mask_panels(make_model(mask_type="random"), pixels[:1], SHOWN)
     assert len(shown) == 1 + 2 * 3 + 1
-    assert shown[-1].label == panels.Label("adaptive", ("no sampler",))
+    assert shown[-1].label == drawing.Label("adaptive", ("no sampler",))
 
 
 def test_a_ratio_that_some_rule_cannot_do_is_refused(model, pixels):
     with pytest.raises(ValueError, match=r"--mask_ratio 0\.99"):
-        panels.mask_panels(model, pixels, mask_ratio=0.99)
+        panels.mask_panels(model, pixels, SHOWN, mask_ratio=0.99)
 
 
-# ------------------------------------------------------------------------------------- beside a training loop
+# --- beside a training loop ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -186,7 +191,7 @@ def test_a_training_picture_leaves_no_trace(model, pixels, training):
     model.train(training)
     before = torch.get_rng_state()
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    picture = panels.training_picture(model, pixels, seed=3)
+    picture = panels.training_picture(model, pixels, replace(SHOWN, seed=3))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training == training for module in model.modules())
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
@@ -195,42 +200,44 @@ def test_a_training_picture_leaves_no_trace(model, pixels, training):
     assert torch.is_grad_enabled()
 
     torch.rand(7)
-    assert np.array_equal(picture, panels.training_picture(model, pixels, seed=3)), "only the seed decides"
-    assert not np.array_equal(picture, panels.training_picture(model, pixels, seed=4))
+    assert np.array_equal(picture, panels.training_picture(model, pixels, replace(SHOWN, seed=3))), (
+        "only the seed decides"
+    )
+    assert not np.array_equal(picture, panels.training_picture(model, pixels, replace(SHOWN, seed=4)))
 
 
 def test_a_training_picture_has_a_row_for_each_clip(model, pixels):
-    one, two = (panels.training_picture(model, pixels[:n]) for n in (1, 2))
+    one, two = (panels.training_picture(model, pixels[:n], SHOWN) for n in (1, 2))
     assert one.dtype == np.uint8
     assert one.shape[1] == two.shape[1]
-    assert two.shape[0] - one.shape[0] == 160 + panels.GAP  # 32 pixels are enlarged five times
+    assert two.shape[0] - one.shape[0] == 160 + drawing.GAP  # 32 pixels are enlarged five times
 
 
-# ------------------------------------------------------------------------------------------------ the drawing
+# --- the drawing --------------------------------------------------------------------------------------------
 
 
 def test_a_grid_holds_its_cells_enlarged_by_a_whole_number():
     cells = np.random.default_rng(0).integers(0, 256, (2, 3, 40, 40, 3), dtype=np.uint8)
-    picture = panels.draw_grid(cells)
+    picture = drawing.draw_grid(cells)
     for r, c in np.ndindex(2, 3):
-        top, left = panels.MARGIN + r * (160 + panels.GAP), panels.MARGIN + c * (160 + panels.GAP)
+        top, left = drawing.MARGIN + r * (160 + drawing.GAP), drawing.MARGIN + c * (160 + drawing.GAP)
         shown = picture[top : top + 160, left : left + 160]
         assert np.array_equal(shown, cells[r, c].repeat(4, 0).repeat(4, 1))
 
 
 def test_large_frames_keep_their_size():
-    picture = panels.draw_grid(np.zeros((1, 1, 224, 224, 3), np.uint8))
-    assert picture.shape == (224 + panels.GAP + 2 * panels.MARGIN,) * 2 + (3,)
+    picture = drawing.draw_grid(np.zeros((1, 1, 224, 224, 3), np.uint8))
+    assert picture.shape == (224 + drawing.GAP + 2 * drawing.MARGIN,) * 2 + (3,)
 
 
 def test_a_still_clip_still_animates():
-    still = panels.Panel(panels.Label("video"), np.zeros((1, 4, 32, 32, 3), np.uint8))
-    frames = panels.animation([still])
+    still = drawing.Panel(drawing.Label("video"), np.zeros((1, 4, 32, 32, 3), np.uint8))
+    frames = drawing.animation([still])
     assert len(frames) == 4
     assert len({frame.tobytes() for frame in frames}) == 4, "a GIF drops frames that equal the one before"
 
 
-# ------------------------------------------------------------------------------------------------ the program
+# --- the program --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +276,7 @@ def test_draws_a_gif_and_a_png_for_each_video(tmp_path, checkpoint, monkeypatch)
 
 
 def test_a_gif_keeps_the_colours(tmp_path, model, pixels):
-    frames = panels.animation(panels.five_panels(panels.reconstruct(model, pixels)))
+    frames = drawing.animation(panels.five_panels(reconstruct(model, pixels, SHOWN)))
     visualize.save_gif(tmp_path / "clip.gif", frames, fps=8)
     with Image.open(tmp_path / "clip.gif") as gif:
         assert gif.info["duration"] == 120
@@ -315,13 +322,19 @@ def test_the_clip_is_the_middle_of_the_frame(tmp_path):
     assert torch.equal(clip[0], to_pixels(frames).transpose(0, 1))
 
 
+def read_training(path):
+    found = load_weights(path)
+    settings, sampling_rate = visualize.read_training(found.settings, found.flags, patch=8)
+    return settings.target.normalize, sampling_rate
+
+
 def test_reads_how_the_model_was_trained(tmp_path, checkpoint):
-    assert visualize.read_training(checkpoint)[:2] == (False, 2)
-    published = tmp_path / "published.pth"
-    save_checkpoint(published, {"model": {}, "args": argparse.Namespace(normlize_target=False)})
-    assert visualize.read_training(published)[:2] == (False, 4)
-    save_checkpoint(published, {"model": {}})
-    assert visualize.read_training(published)[:2] == (True, 4)
+    assert read_training(checkpoint) == (False, 2)
+    published, weights = tmp_path / "published.pth", {"head.bias": torch.zeros(1)}
+    save_checkpoint(published, {"model": weights, "args": argparse.Namespace(normlize_target=False)})
+    assert read_training(published) == (False, 4)
+    save_checkpoint(published, {"model": weights})
+    assert read_training(published) == (True, 4)
 
 
 def test_a_broken_video_is_reported_and_the_others_are_drawn(tmp_path, checkpoint, monkeypatch, capsys):

@@ -1,13 +1,14 @@
-"""Judge pre-trained models on the demo videos, whose foreground is known, under held-out random masks.
+"""Evaluates pre-trained models on held-out demo videos, whose foreground is known, under random masks.
 
     python tools/demo_report.py --data output/demo/videos/test.csv --output output/demo \
         --models adaptive=output/demo/adaptive random=output/demo/random
 
-For each model: the reconstruction error of masked tokens, of all and of the foreground's, beside the cost of
-predicting each patch's mean. For an adaptive sampler: how much of its probability lies on the foreground, over
-uniform, beside what the error map predicts, and the entropy of P. The sampling loss is at rest where P is
-proportional to the error that a token has when it is masked times how often the sampler masks it, so that map is
-taken under the sampler's own masks. Writes report.json and report.png.
+For each model: the reconstruction error of masked tokens, of all of them and of the foreground's, and the error of
+predicting zero, which for normalised pixels is predicting each patch's mean. For an adaptive sampler: how much of
+its probability lies on the foreground, relative to the uniform distribution; what the error map predicts for that;
+and the entropy of P. The sampling loss is stationary where P is proportional to a token's error when it is masked
+times how often the sampler masks it, so that map is taken under the sampler's own masks. Writes report.json and
+report.png.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -29,18 +31,23 @@ from clips.frame_indices import pretrain_indices
 from clips.lists import read_list
 from clips.video import open_video
 from masking_generator import MaskingGenerator
-from runs.checkpoints import epoch_checkpoints, load_pretrain_model, read_checkpoint
-from targets import reconstruction_error, reconstruction_targets
+from runs.checkpoints import epoch_checkpoints, load_pretrain_model, load_weights
+from targets import Target, trained_target
+from utils import whole_file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-FOREGROUND = 0.5  # a token belongs to the foreground when at least so much of it is covered by moving sprites
-NUM_MASKS = 4  # random masks a clip
+FOREGROUND = 0.5  # share of a token that moving sprites must cover for it to count as foreground
+NUM_MASKS = 4  # random masks per clip
 
 
 def load_clips(list_path: Path, num_frames: int, sampling_rate: int, size: int, window: tuple[int, int, int]):
-    """Whole clips uint8 (n,3,T,S,S) of a demo list, and the foreground's share of each token, (n,N) in [0,1]."""
+    """Decodes a demo list.
+
+    Returns:
+        Clips uint8 (n,3,T,S,S) of whole frames, and the foreground's share of each token, (n,N) in [0,1].
+    """
     clips, shares = [], []
     for record in tqdm(read_list(list_path), desc="decoding", disable=not sys.stderr.isatty()):
         with open_video(record.path) as video:
@@ -52,30 +59,50 @@ def load_clips(list_path: Path, num_frames: int, sampling_rate: int, size: int, 
     return torch.stack(clips), torch.stack(shares)
 
 
-@torch.no_grad()
-def judge(model, clips: torch.Tensor, shares: torch.Tensor, ratio: float, batch_size: int = 50) -> dict:
-    """The statistics of one model on clips uint8 (n,3,T,H,W); every model is shown the same random masks."""
-    masking = MaskingGenerator(mask_type="random", mask_ratio=ratio, window=model.window)
-    error, zero, times, own = (torch.zeros_like(shares) for _ in range(4))  # sums over the masks, (n,N)
-    probs = torch.zeros_like(shares)
-    torch.manual_seed(0)
-    for rows in torch.arange(len(clips)).split(batch_size):
-        pixels = to_pixels(clips[rows])
-        for _ in range(NUM_MASKS):
-            visible = masking(torch.zeros_like(shares[rows]).log_softmax(1)).visible
-            out = model(normalize(pixels), visible)
-            target = reconstruction_targets(pixels, out.masked, model.patch)
-            error[rows] += scattered(reconstruction_error(out.prediction, target), out.masked, masking.num_tokens)
-            zero[rows] += scattered(target.square().mean(2), out.masked, masking.num_tokens)
-            times[rows] += scattered(torch.ones_like(target[:, :, 0]), out.masked, masking.num_tokens)
-            if out.log_probs is not None:
-                out = model(normalize(pixels))  # masks of the sampler's own
-                target = reconstruction_targets(pixels, out.masked, model.patch)
-                own[rows] += scattered(
-                    reconstruction_error(out.prediction, target), out.masked, masking.num_tokens
-                )
-                probs[rows] = out.log_probs.exp()
+class Sums(NamedTuple):
+    """Sums over the random masks for each token, all (n,N)."""
 
+    error: torch.Tensor
+    zero: torch.Tensor  # error of predicting zero
+    times: torch.Tensor  # how often the token was masked
+    own: torch.Tensor  # error under masks of the sampler's own; 0 without one
+    probs: torch.Tensor  # the sampler's P, no sum; 0 without one
+
+
+def sum_over_masks(model, target: Target, pixels: torch.Tensor, masking: MaskingGenerator) -> Sums:
+    """Runs NUM_MASKS random masks of clips (n,3,T,H,W) in [0,1], and as many of the sampler's."""
+    error, zero, times, own, probs = torch.zeros(5, len(pixels), masking.num_tokens)
+    uniform = torch.zeros_like(error).log_softmax(1)  # (n,N)
+    for _ in range(NUM_MASKS):
+        out = model(normalize(pixels), masking(uniform).visible)
+        truth = target(pixels, out.masked)
+        error += scattered(target.error(out.prediction, truth), out.masked, masking.num_tokens)
+        zero += scattered(target.error(torch.zeros_like(out.prediction), truth), out.masked, masking.num_tokens)
+        times += torch.ones_like(times).scatter(1, out.visible, 0)
+        if out.log_probs is not None:
+            out = model(normalize(pixels))
+            truth = target(pixels, out.masked)
+            own += scattered(target.error(out.prediction, truth), out.masked, masking.num_tokens)
+            probs = out.log_probs.exp()
+    return Sums(error, zero, times, own, probs)
+
+
+@torch.no_grad()
+def judge(
+    model, target: Target, clips: torch.Tensor, shares: torch.Tensor, ratio: float, batch_size: int = 50
+) -> dict[str, float]:
+    """The statistics of one model; every model gets the same random masks.
+
+    Args:
+        target: what the model predicts.
+        clips: uint8 (n,3,T,H,W).
+        shares: the foreground's share of each token, (n,N).
+        ratio: share of tokens that the random masks hide.
+    """
+    masking = MaskingGenerator(mask_type="random", mask_ratio=ratio, window=model.window)
+    torch.manual_seed(0)
+    parts = [sum_over_masks(model, target, to_pixels(part), masking) for part in clips.split(batch_size)]
+    error, zero, times, own, probs = map(torch.cat, zip(*parts))  # (n,N) each
     foreground = shares >= FOREGROUND
     result = {
         "loss": ratio_of(error, times),
@@ -84,7 +111,7 @@ def judge(model, clips: torch.Tensor, shares: torch.Tensor, ratio: float, batch_
         "foreground_error_predicting_means": ratio_of(zero[foreground], times[foreground]),
         "foreground_share": shares.mean().item(),
     }
-    if out.log_probs is not None:
+    if model.masking.adaptive:
         entropy = -(probs * probs.clamp_min(1e-30).log()).sum(1).mean() / math.log(masking.num_tokens)
         result |= {
             "foreground_mass": mass_over_uniform(probs, shares),
@@ -104,47 +131,61 @@ def ratio_of(total: torch.Tensor, times: torch.Tensor) -> float:
 
 
 def mass_over_uniform(weight: torch.Tensor, shares: torch.Tensor) -> float:
-    """How much of a distribution over tokens lies on the foreground, over what a uniform one has there.
+    """How much of a distribution over tokens lies on the foreground, relative to the uniform distribution.
 
-    weight (n,N) non-negative, normalised within each clip here; shares (n,N). Mean over the clips.
+    Args:
+        weight: (n,N), not negative; it is normalised within each clip.
+        shares: the foreground's share of each token, (n,N).
+
+    Returns:
+        The mean over the clips.
     """
     probs = weight / weight.sum(1, keepdim=True)
     return ((probs * shares).sum(1).mean() / shares.mean()).item()
 
 
 def draw(report: dict, curves: dict[str, list[dict]], path: Path) -> None:
-    """Training curves beside the two comparisons of the report, as a PNG."""
+    """Draws the training curves beside the two comparisons of the report, as a PNG."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for name, epochs in curves.items():
-        left.plot([e["epoch"] + 1 for e in epochs], [e["loss_reconstruction"] for e in epochs], label=name)
-    plateau = next(iter(report.values()))["loss_predicting_means"]
-    left.axhline(plateau, color="grey", linestyle=":", label="predicting each patch's mean")
-    left.set(title="training loss under each model's own masks", xlabel="epoch", ylabel="normalised MSE")
-    left.legend(frameon=False)
-
-    places = np.arange(2)
-    for k, (name, r) in enumerate(report.items()):
-        bars = middle.bar(places + 0.38 * k, [r["loss"], r["foreground_error"]], 0.36, label=name)
-        middle.bar_label(bars, fmt="%.2f")
-    limit = r["foreground_error_predicting_means"]
-    middle.axhline(limit, color="grey", linestyle=":", label="predicting each patch's mean")
-    middle.set_xticks(places + 0.19, ["all tokens", "foreground tokens"])
-    middle.set(title="held-out error, the same random masks", ylim=(0, 1.5 * limit))
-    middle.legend(frameon=False, loc="upper left")
-
+    draw_curves(left, report, curves)
+    draw_errors(middle, report)
     adaptive = next((r for r in report.values() if "foreground_mass" in r), None)
     if adaptive is not None:
-        values = [1.0, adaptive["foreground_mass"], adaptive["foreground_mass_predicted"]]
-        bars = right.bar(
-            ["uniform", "sampler's P", "predicted by\nthe error map"], values, color=["grey", "C0", "C2"]
-        )
-        right.bar_label(bars, fmt="%.2f")
-        right.set(
-            title="probability on the foreground / uniform",
-            xlabel=f"entropy of P: {adaptive['entropy']:.3f} of log N",
-            ylim=(0, 1.2 * max(values)),
-        )
-    figure.savefig(path, dpi=110)
+        draw_foreground(right, adaptive)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def draw_curves(axes: plt.Axes, report: dict, curves: dict[str, list[dict]]) -> None:
+    for name, epochs in curves.items():
+        axes.plot([e["epoch"] + 1 for e in epochs], [e["loss_reconstruction"] for e in epochs], label=name)
+    plateau = next(iter(report.values()))["loss_predicting_means"]
+    axes.axhline(plateau, color="grey", linestyle=":", label="predicting zero (patch mean)")
+    axes.set(title="training loss under each model's own masks", xlabel="epoch", ylabel="reconstruction error")
+    axes.legend(frameon=False)
+
+
+def draw_errors(axes: plt.Axes, report: dict) -> None:
+    places = np.arange(2)
+    for k, (name, r) in enumerate(report.items()):
+        bars = axes.bar(places + 0.38 * k, [r["loss"], r["foreground_error"]], 0.36, label=name)
+        axes.bar_label(bars, fmt="%.2f")
+    limit = r["foreground_error_predicting_means"]
+    axes.axhline(limit, color="grey", linestyle=":", label="predicting zero (patch mean)")
+    axes.set_xticks(places + 0.19, ["all tokens", "foreground tokens"])
+    axes.set(title="held-out error, the same random masks", ylim=(0, 1.5 * limit))
+    axes.legend(frameon=False, loc="upper left")
+
+
+def draw_foreground(axes: plt.Axes, adaptive: dict) -> None:
+    values = [1.0, adaptive["foreground_mass"], adaptive["foreground_mass_predicted"]]
+    names = ["uniform", "sampler's P", "predicted by\nthe error map"]
+    axes.bar_label(axes.bar(names, values, color=["grey", "C0", "C2"]), fmt="%.2f")
+    axes.set(
+        title="probability on the foreground / uniform",
+        xlabel=f"entropy of P: {adaptive['entropy']:.3f} of log N",
+        ylim=(0, 1.2 * max(values)),
+    )
 
 
 def main() -> None:
@@ -157,16 +198,18 @@ def main() -> None:
     report, curves = {}, {}
     for name, folder in (entry.split("=", 1) for entry in args.models):
         checkpoint = epoch_checkpoints(folder)[0]
-        flags = read_checkpoint(checkpoint)["args"]
-        model = load_pretrain_model(checkpoint)
+        found = load_weights(checkpoint)
+        model, flags = load_pretrain_model(checkpoint, found), found.flags
+        target = trained_target(found.settings, flags, patch=model.patch)
         size = model.window[1] * model.patch
         clips, shares = load_clips(args.data, flags["num_frames"], flags["sampling_rate"], size, model.window)
-        report[name] = judge(model, clips, shares, flags["mask_ratio"])
+        report[name] = judge(model, target, clips, shares, flags["mask_ratio"])
         curves[name] = [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
         report[name]["seconds"] = sum(epoch["seconds"] for epoch in curves[name])
         print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in report[name].items()))
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    with whole_file(args.output / "report.json", "w") as file:
+        file.write(json.dumps(report, indent=1) + "\n")
     draw(report, curves, args.output / "report.png")
     print(f"wrote {args.output / 'report.json'} and {args.output / 'report.png'}")
 

@@ -1,20 +1,21 @@
-"""Draw what a pre-trained model does with videos: video | prediction | error | probability | mask.
+"""Draws what a pre-trained model does with videos: video | prediction | error | probability | mask.
 
     python tools/visualize.py --model output/checkpoint-799.pth --video a.mp4 b.mp4 --output output/pictures
     python tools/visualize.py --model output/checkpoint-799.pth --list val.csv --output output/pictures
 
-Takes checkpoints of this repository and of the published AdaMAE and VideoMAE code. Of each video the middle
-is shown: a clip of the model's length, its central square resized to the model's input. Written below
---output, named after the video, with the folders that tell it from the others:
+Takes checkpoints of this repository and of the published AdaMAE and VideoMAE code. It shows the middle of each
+video: a clip of the model's length, its central square resized to the model's input. The files are written below
+--output and named after the video, with as many of its folders as it takes to keep names apart:
 
     <video>.gif          the five panels side by side, frame by frame
     <video>.png          the same as rows, with a column for every time slot of two frames
     <video>_masks.png    with --compare_masks: random, tube, frame and adaptive masks at one ratio
 
-A model trained on normalised patches does not tell their mean and deviation. The picture takes both from the
-original, so brightness and contrast of the prediction are not the model's work.
+A model trained on normalised patches does not predict their mean and deviation. The picture takes both from the
+original, so brightness and contrast of the prediction are not the model's work. Where predictions can't be drawn,
+because the model was trained on another target, the panel says so.
 
-A video that can't be read is reported and the others go on; the exit status is then 1.
+A video that can't be read is reported and skipped; the exit status is then 1.
 """
 
 import argparse
@@ -22,8 +23,8 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -43,8 +44,11 @@ from masking_generator import visible_count
 from modeling_blocks import TUBELET
 from modeling_pretrain import PretrainVisionTransformer
 from pictures import panels
-from runs.checkpoints import CheckpointError, load_pretrain_model, read_checkpoint
-from tools.inference.trained import find_device
+from pictures.drawing import animation, filmstrip
+from pictures.reconstruction import SHOW_VISIBLE, PictureSettings, reconstruct
+from runs.checkpoints import load_pretrain_model, load_weights
+from targets import trained_target
+from utils import SettingError, UserError, choose_device, whole_file
 
 
 # fmt: off
@@ -60,15 +64,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--num_clips", type=int, default=8, help="videos of the list, spread evenly (default: %(default)s)")
     add("--output", required=True, metavar="DIR", help="folder for the pictures")
     add("--mask_ratio", type=float, help="share of tokens hidden (default: as in the checkpoint)")
-    add("--visible", choices=panels.SHOW_VISIBLE, default="pasted",
-        help="what the prediction shows at visible patches: the original, or what the decoder gives there, "
+    add("--visible", choices=SHOW_VISIBLE, default="pasted",
+        help="what the prediction shows at visible patches: the original, or the decoder's output there, "
              "which no loss has trained (default: %(default)s)")
     add("--compare_masks", nargs="?", type=float, const=0.8, metavar="RATIO",
         help="compare the masking rules, at this ratio (0.8 where none is given)")
     add("--error_top", type=float,
-        help="end of the error's colour scale (default: 2 for normalised targets, else the largest error)")
+        help="end of the error's colour scale (default: 2 for normalised pixels, else the largest error)")
     add("--normalize_target", choices=["true", "false"],
-        help="whether the model predicts normalised patches (default: as trained, true if not known)")
+        help="whether the model predicts normalised targets (default: as trained, true if unknown)")
     add("--sampling_rate", type=int, help="frames of the video from one to the next (default: as trained, 4)")
     add("--fps", type=float, default=8, help="frames per second of the GIF (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
@@ -78,40 +82,41 @@ def get_args_parser() -> argparse.ArgumentParser:
 # fmt: on
 
 
-class Training(NamedTuple):
-    """What a picture has to know of how a model was trained."""
+def read_training(settings: dict, flags: dict, *, patch: int) -> tuple[PictureSettings, int]:
+    """What pictures have to know of a model's training, and its sampling rate.
 
-    normalize_target: bool
-    sampling_rate: int
-    normalization: panels.Normalization
-
-
-def read_training(path: str) -> Training:
-    """How a checkpoint was trained, by the flags in it; the published code's defaults where it has none."""
-    flags = read_checkpoint(path).get("args") or {}
-    flags = flags if isinstance(flags, dict) else vars(flags)
+    Args:
+        settings, flags: of its checkpoint, as in `trained_target`. The published code's defaults replace
+            missing ones.
+    """
     statistics = "imagenet" if flags.get("imagenet_default_mean_and_std", True) else "half"
-    return Training(
-        normalize_target=flags.get("normalize_target", flags.get("normlize_target", True)),
-        sampling_rate=flags.get("sampling_rate", 4),
-        normalization=COLOUR_STATISTICS[statistics],
-    )
+    target = trained_target(settings, flags, patch=patch)
+    shown = PictureSettings(target=target, normalization=COLOUR_STATISTICS[statistics])
+    return shown, flags.get("sampling_rate", 4)
 
 
 def check_settings(args: argparse.Namespace) -> None:
-    """Raises ValueError with a message that says what to change."""
+    """Validates the flags.
+
+    Raises:
+        SettingError: the message says what to change.
+    """
     for name in ("num_clips", "sampling_rate"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
+            raise SettingError(f"--{name} {getattr(args, name)} must be at least 1")
     if not 0 < args.fps <= 50:
-        raise ValueError(f"--fps {args.fps:g} must lie between 0 and 50, which is as fast as players show a GIF")
+        raise SettingError(f"--fps {args.fps:g} must lie between 0 and 50; players show a GIF no faster")
     if args.error_top is not None and args.error_top <= 0:
-        raise ValueError(f"--error_top {args.error_top:g} must be above 0")
+        raise SettingError(f"--error_top {args.error_top:g} must be above 0")
     resolve_decoder(args.decoder)
 
 
 def list_videos(args: argparse.Namespace) -> list[str]:
-    """The videos to draw, each once. Raises ListError for a list that can't be used."""
+    """The videos to draw, each once.
+
+    Raises:
+        ListError: the list can't be used.
+    """
     if args.video:
         return list(dict.fromkeys(args.video))
     videos = read_list(args.list, args.data_root)
@@ -120,7 +125,7 @@ def list_videos(args: argparse.Namespace) -> list[str]:
 
 
 def picture_names(paths: Sequence[str]) -> list[Path]:
-    """Where the pictures of each video go: its path below the folder that all share, without the suffix.
+    """Names the pictures of each video: its path below the folder that all videos share, without the suffix.
 
     The suffix stays where two videos differ in nothing else.
     """
@@ -132,7 +137,11 @@ def picture_names(paths: Sequence[str]) -> list[Path]:
 
 
 def load_clip(path: str, model: PretrainVisionTransformer, *, sampling_rate: int, decoder: str) -> Tensor:
-    """The middle of a video as the model takes it: pixels (1,3,T,S,S) in [0,1]. Raises VideoError."""
+    """The middle of a video as the model takes it: pixels (1,3,T,S,S) in [0,1].
+
+    Raises:
+        VideoError: it can't be read.
+    """
     num_frames, size = model.window[0] * TUBELET, model.window[1] * model.patch
     with open_video(path, decoder) as video:
         middle = pretrain_clip(video.num_frames, num_frames, sampling_rate)
@@ -144,10 +153,10 @@ def load_clip(path: str, model: PretrainVisionTransformer, *, sampling_rate: int
 
 
 def to_palette(frame: np.ndarray) -> Image.Image:
-    """A picture (H,W,3) uint8 in the 256 colours of a GIF, chosen for it.
+    """Reduces a picture (H,W,3) uint8 to the 256 colours of a GIF.
 
-    Of Pillow's ways to choose them the octree alone keeps the colour scales true, and its palette serves
-    better when the pixels are assigned to it anew, each to the nearest colour.
+    Of Pillow's quantisers only the octree keeps the colour scales true. A second pass assigns each pixel to the
+    nearest colour of its palette, which the octree does not.
     """
     picture = Image.fromarray(frame)
     palette = picture.quantize(method=Image.Quantize.FASTOCTREE)
@@ -155,59 +164,66 @@ def to_palette(frame: np.ndarray) -> Image.Image:
 
 
 def save_gif(path: str, frames: np.ndarray, fps: float) -> None:
-    """Writes pictures (T,H,W,3) uint8 as an endless GIF; the format counts time in hundredths of a second."""
+    """Writes pictures (T,H,W,3) uint8 as an endless GIF, whose format rounds times to hundredths of a second."""
     first, *others = map(to_palette, frames)
-    first.save(path, save_all=True, append_images=others, duration=10 * round(100 / fps), loop=0)
+    with whole_file(path) as file:
+        first.save(file, "gif", save_all=True, append_images=others, duration=10 * round(100 / fps), loop=0)
+
+
+def save_png(path: str, picture: np.ndarray) -> None:
+    with whole_file(path) as file:
+        Image.fromarray(picture).save(file, format="png")
 
 
 def draw_clip(
     model: PretrainVisionTransformer,
     pixels: Tensor,
-    target: Path,
-    heading: str,
+    settings: PictureSettings,
+    output: Path,
     *,
-    error_top: float | None,
+    heading: str,
     fps: float,
     compare_masks: float | None,
-    **settings,
 ) -> list[str]:
-    """Writes the pictures of one clip (1,3,T,H,W) to `target` plus their endings; returns the files."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    files = [f"{target}.gif", f"{target}.png"]
-    five = panels.five_panels(panels.reconstruct(model, pixels, **settings), error_top=error_top)
-    save_gif(files[0], panels.animation(five, heading=heading), fps)
-    Image.fromarray(panels.filmstrip(five, heading=heading)).save(files[1])
+    """Writes the pictures of one clip (1,3,T,H,W) to `output` plus their endings; returns the files."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    files = [f"{output}.gif", f"{output}.png"]
+    five = panels.five_panels(reconstruct(model, pixels, settings))
+    save_gif(files[0], animation(five, heading=heading), fps)
+    save_png(files[1], filmstrip(five, heading=heading))
     if compare_masks is not None:
-        files.append(f"{target}_masks.png")
-        compared = panels.mask_panels(model, pixels, mask_ratio=compare_masks, **settings)
+        files.append(f"{output}_masks.png")
+        compared = panels.mask_panels(model, pixels, settings, mask_ratio=compare_masks)
         heading = f"{heading}, {compare_masks:.4g} of the patches masked by each rule"
-        Image.fromarray(panels.filmstrip(compared, heading=heading)).save(files[2])
+        save_png(files[2], filmstrip(compared, heading=heading))
     return files
+
+
+def load_model(args: argparse.Namespace) -> tuple[PretrainVisionTransformer, PictureSettings, int]:
+    """The model of the flags on its device, what its pictures show, and the sampling rate of its clips.
+
+    Raises:
+        SettingError: the device, the target or a mask ratio can't be used.
+        CheckpointError: as `load_pretrain_model`.
+    """
+    device, found = choose_device(args.device), load_weights(args.model)
+    changes = {} if args.mask_ratio is None else {"mask_ratio": args.mask_ratio}
+    model = load_pretrain_model(args.model, found, **changes).to(device)
+    if args.compare_masks is not None:
+        for rule in panels.COMPARED:
+            visible_count(rule, args.compare_masks, model.window)
+    given = {} if args.normalize_target is None else {"normalize_target": args.normalize_target == "true"}
+    settings, rate = read_training(found.settings, found.flags | given, patch=model.patch)
+    settings = replace(settings, show_visible=args.visible, error_top=args.error_top, seed=args.seed)
+    return model, settings, args.sampling_rate or rate
 
 
 def draw(args: argparse.Namespace) -> int:
     """Draws every video; returns how many could not be read."""
     check_settings(args)
-    device, paths = find_device(args.device), list_videos(args)
-    training = read_training(args.model)
-    changes = {} if args.mask_ratio is None else {"mask_ratio": args.mask_ratio}
-    model = load_pretrain_model(args.model, **changes).to(device)
-    if args.compare_masks is not None:
-        for rule in panels.COMPARED:
-            visible_count(rule, args.compare_masks, model.window)
-    settings = {
-        "error_top": args.error_top,
-        "fps": args.fps,
-        "compare_masks": args.compare_masks,
-        "show_visible": args.visible,
-        "seed": args.seed,
-        "normalization": training.normalization,
-        "normalize_target": training.normalize_target,
-    }
-    if args.normalize_target is not None:
-        settings["normalize_target"] = args.normalize_target == "true"
-
-    failed, rate = 0, args.sampling_rate or training.sampling_rate
+    paths = list_videos(args)
+    model, settings, rate = load_model(args)
+    failed = 0
     for path, name in zip(tqdm(paths, unit="video", disable=None), picture_names(paths), strict=True):
         try:
             pixels = load_clip(path, model, sampling_rate=rate, decoder=args.decoder)
@@ -215,7 +231,9 @@ def draw(args: argparse.Namespace) -> int:
             failed += 1
             tqdm.write(f"visualize.py: {error}", file=sys.stderr)
             continue
-        files = draw_clip(model, pixels.to(device), Path(args.output) / name, str(name), **settings)
+        pixels = pixels.to(model.mask_token.device)
+        more = {"heading": str(name), "fps": args.fps, "compare_masks": args.compare_masks}
+        files = draw_clip(model, pixels, settings, Path(args.output) / name, **more)
         tqdm.write(f"{path} -> {', '.join(files)}")
     return failed
 
@@ -224,7 +242,7 @@ def main() -> None:
     args = get_args_parser().parse_args()
     try:
         failed = draw(args)
-    except (CheckpointError, ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         raise SystemExit(f"visualize.py: error: {error}") from error
     if failed:
         raise SystemExit(f"visualize.py: error: {failed} of the videos could not be read, see above")
