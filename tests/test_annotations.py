@@ -6,18 +6,8 @@ from pathlib import PurePath
 import pytest
 
 from clips.lists import NO_LABEL, parse_line, read_list, read_splits
-from tools.preparing.annotations import (
-    READERS,
-    AnnotationError,
-    Annotations,
-    Entry,
-    Found,
-    find_videos,
-    format_line,
-    match,
-    read_class_folders,
-    write_lists,
-)
+from tools.preparing.annotations import READERS, AnnotationError, Annotations, Entry, find_videos
+from tools.preparing.listing import Found, format_line, match, read_class_folders, write_lists
 
 
 def read(data_set, folder, *, split=1, official_test=False):

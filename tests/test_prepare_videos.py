@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from pathlib import PurePath
 
 import av
 import numpy as np
@@ -20,17 +21,8 @@ from videos import read_numbers, write_audio, write_cut, write_damaged, write_tr
 from clips.lists import read_list, read_splits
 from clips.video import open_video
 from clips.video_index import VideoError, index_video
-from tools.preparing.transcode import (
-    ABANDONED,
-    Encoding,
-    Job,
-    WritingFailed,
-    convert,
-    make_video,
-    output_size,
-    sweep,
-    target_names,
-)
+from tools.preparing.planning import Job, target_names
+from tools.preparing.transcode import ABANDONED, Encoding, WritingFailed, convert, make_video, output_size, sweep
 from tools.preparing.workers import Failure, run_tasks
 
 tool = importlib.import_module("tools.prepare_videos")
@@ -301,7 +293,7 @@ def test_unfinished_files_of_other_runs_are_removed_only_when_they_are_old(tmp_p
 
 
 def test_names_that_differ_in_the_suffix_only_are_told_apart():
-    paths = [tool.PurePath(name) for name in ("a.avi", "a.mp4", "d/a.webm", "b.1.mov")]
+    paths = [PurePath(name) for name in ("a.avi", "a.mp4", "d/a.webm", "b.1.mov")]
     assert [name.as_posix() for name in target_names(paths)] == ["a.avi.mp4", "a.mp4.mp4", "d/a.mp4", "b.1.mp4"]
 
 

@@ -1,1 +1,1 @@
-"""What tools/prepare_videos.py uses: official annotations, transcoding, list checks, a pool of processes."""
+"""What tools/prepare_videos.py uses: official annotations, lists, transcoding, checks, a pool of processes."""

@@ -1,27 +1,23 @@
-"""All that is wrong with lists of videos, line by line; reading them for training ends at the first fault."""
+"""Checks every line of a list and every video in it, where training would stop at the first error."""
 
 import os
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from clips.lists import NO_LABEL, parse_line
+from clips.lists import NO_LABEL, SPLITS, parse_line
 from clips.video import open_video
 from clips.video_index import VideoError
+from tools.preparing.annotations import find_videos
 from tools.preparing.transcode import three_frames
-
-
-def check_video(path: str, *, decoder: str) -> str | None:
-    """Why the first, middle or last frame of a video can't be read; None if they can."""
-    try:
-        with open_video(path, decoder) as video:
-            video.get_frames(three_frames(video.num_frames))
-    except VideoError as error:
-        return error.reason
-    return None
+from tools.preparing.workers import Failure, FailureFile, run_tasks
 
 
 class Line(NamedTuple):
-    """A line of a list (0: the list as a whole), the path of its video ("": none) and what is wrong, or None."""
+    """A line of a list (0: the whole list), the path of its video ("": none) and what is wrong, or None."""
 
     file: str
     number: int
@@ -29,8 +25,17 @@ class Line(NamedTuple):
     wrong: str | None
 
 
+def find_lines(given: Path, data_root: Path | None, num_classes: int | None) -> tuple[list[Path], list[Line]]:
+    """The lists that `given` is or has, with all their lines; a folder without lists has a line for each video."""
+    lists = [given] if given.is_file() else [given / f"{split}.csv" for split in SPLITS]
+    lists = [file for file in lists if file.exists()]
+    if lists:
+        return lists, [line for file in lists for line in check_lines(file, data_root, num_classes)]
+    return [], [Line("", 0, str(given / path), None) for path in find_videos(given)]
+
+
 def check_lines(file: Path, data_root: Path | None, num_classes: int | None) -> list[Line]:
-    """Every line of a list that holds a video, or should."""
+    """Every line of a list that has a video, or should have one."""
     root, lines = data_root or file.parent, []
     with file.open(encoding="utf-8-sig", errors="surrogateescape") as f:
         for number, text in enumerate(map(str.strip, f), start=1):
@@ -47,3 +52,38 @@ def check_lines(file: Path, data_root: Path | None, num_classes: int | None) -> 
                 wrong = f"{shown}, not one from 0 to {num_classes - 1}"
             lines.append(Line(str(file), number, os.path.join(root, path), wrong))
     return lines or [Line(str(file), 0, "", "the list is empty")]
+
+
+def check_videos(
+    lines: Sequence[Line], report: Path, *, decoder: str, workers: int, timeout: float
+) -> tuple[list[Line], int]:
+    """Decodes three frames of every video and writes whatever is wrong to a CSV file.
+
+    Returns:
+        The lines with errors, those of the lists included, and the number of videos.
+    """
+    by_path = defaultdict(list)
+    for line in lines:
+        by_path[line.path].append(line)
+    paths = [path for path in by_path if path]
+    bad = [line for line in lines if line.wrong]
+    with FailureFile(report, "list,line,path,reason") as file:
+        for line in bad:
+            file.add(*line)
+        check = partial(check_video, decoder=decoder)
+        with closing(run_tasks(check, paths, workers=workers, timeout=timeout)) as outcomes:
+            for number, failure in outcomes:
+                for line in by_path[paths[number]] if failure else ():
+                    bad.append(line._replace(wrong=failure.reason))
+                    file.add(*bad[-1])
+    return bad, len(paths)
+
+
+def check_video(path: str, *, decoder: str) -> Failure | None:
+    """Why the first, middle or last frame of a video can't be read, if so."""
+    try:
+        with open_video(path, decoder) as video:
+            video.get_frames(three_frames(video.num_frames))
+    except VideoError as error:
+        return Failure(error.reason)
+    return None

@@ -1,31 +1,36 @@
-"""One video -> one that trains fast: small, upright, constant frame rate, many key frames, H.264 in MP4.
+"""Transcodes a video for fast loading: small, upright, constant frame rate, many key frames, H.264 in MP4.
 
-PyAV does it all, on one core: many videos are made side by side.
+PyAV does all of it on one core; other processes transcode other videos meanwhile.
 """
 
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path, PurePath
-from typing import NamedTuple
+from pathlib import Path
 
 import av
 import numpy as np
 
 from clips.video import open_video
 from clips.video_index import VideoError, VideoIndex, index_video
+from tools.preparing.planning import Job
+from tools.preparing.workers import Failure
 
-ABANDONED = 24 * 3600  # seconds after which no other run can still be at an unfinished file
+ABANDONED = 24 * 3600  # age in seconds at which no other run can still be writing an unfinished file
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 
 
-class Encoding(NamedTuple):
-    """How videos are written.
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How videos are encoded.
 
-    short_side: even, in pixels; a smaller video keeps its size unless `enlarge`. gop: the most frames from one
-    key frame to the next. crf, preset: x264's quality, lower is better, and effort.
+    Args:
+        short_side: even, in pixels; a smaller video keeps its size unless `enlarge`.
+        gop: largest distance between key frames, in frames.
+        crf: x264's quality, lower is better.
+        preset: x264's effort.
     """
 
     short_side: int = 320
@@ -36,7 +41,7 @@ class Encoding(NamedTuple):
 
     @property
     def options(self) -> dict[str, str]:
-        """For x264. "fastdecode" leaves out arithmetic coding and deblocking, half of what decoding takes."""
+        """For x264. "fastdecode" drops arithmetic coding and deblocking, half the cost of decoding."""
         return {
             "g": str(self.gop),
             "bf": "0",
@@ -48,12 +53,14 @@ class Encoding(NamedTuple):
 
 
 def convert(source: str | Path, target: str | Path, encoding: Encoding) -> None:
-    """Write `target` anew from `source`, flushed to the disk, and read it back.
+    """Writes `target` from `source`, flushes it to disk and reads three of its frames back.
 
-    `target` is not complete before this returns; frames keep their stored proportions, as decoders give them.
+    Pixel proportions stay those of the stored frames, which are what decoders return.
 
-    Raises VideoError where the source can't be read from the first to the last frame, or the new file has not
-    its frames, size or rate; OSError where writing fails, av.FFmpegError where encoding does.
+    Raises:
+        VideoError: the source can't be read from its first to its last frame, or the new file is wrong.
+        OSError: writing failed.
+        av.FFmpegError: encoding failed.
     """
     index = index_video(source)
     size = output_size(*index.size, encoding.short_side, enlarge=encoding.enlarge)
@@ -65,11 +72,11 @@ def convert(source: str | Path, target: str | Path, encoding: Encoding) -> None:
     try:
         read_back(target, count=count, size=size, rate=rate)
     except VideoError as error:
-        raise VideoError(source, f"the new file is not right: {error.reason}") from error
+        raise VideoError(source, f"the new file is wrong: {error.reason}") from error
 
 
 def output_size(height: int, width: int, short_side: int, *, enlarge: bool = False) -> tuple[int, int]:
-    """Even (H,W) of which the smaller is `short_side`, or that of the source, less 1 if odd, if it's smaller."""
+    """Even (H,W) in the source's proportions; the shorter side is `short_side`, or the source's if smaller."""
     scale = short_side / min(height, width)
     if scale >= 1 and not enlarge:
         return max(2, height // 2 * 2), max(2, width // 2 * 2)
@@ -77,10 +84,10 @@ def output_size(height: int, width: int, short_side: int, *, enlarge: bool = Fal
 
 
 def frame_rate(index: VideoIndex) -> Fraction:
-    """The mean frame rate in 1/s; 25 where the file tells none.
+    """The mean frame rate in 1/s; 25 if the file has none.
 
-    Times in a file may be rounded: a usual rate (n, n * 1000 / 1001) near to it is meant where that changes the
-    end of the video by less than half a frame.
+    Times in a file may be rounded. So a common rate close to the mean (n or n * 1000 / 1001) is taken instead
+    where that shifts the end of the video by less than half a frame.
     """
     mean = Fraction(index.fps).limit_denominator(10_000) or Fraction(25)
     usual = min(
@@ -93,7 +100,11 @@ def frame_rate(index: VideoIndex) -> Fraction:
 
 
 def timed_frames(path: str | Path, index: VideoIndex, rate: Fraction) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """Every frame and the seconds from the first frame to it. Raises VideoError for a damaged or missing one."""
+    """Yields every frame with its time in seconds from the first frame.
+
+    Raises:
+        VideoError: a frame is damaged or missing.
+    """
     first, k = None, -1
     try:
         with av.open(str(path)) as container:
@@ -116,10 +127,10 @@ def timed_frames(path: str | Path, index: VideoIndex, rate: Fraction) -> Iterato
 def at_constant_rate(
     timed: Iterator[tuple[Fraction, av.VideoFrame]], rate: Fraction, count: int
 ) -> Iterator[av.VideoFrame]:
-    """`count` frames, at k / rate seconds the one shown then.
+    """Yields `count` frames; frame k is the one on display k / rate seconds after the first.
 
-    That is the last one that starts before (k + 1/2) / rate: times that waver by less than half a frame, as
-    where they are rounded to milliseconds, give every frame once.
+    That is the last one that starts before (k + 1/2) / rate. So times that are off by less than half a frame,
+    such as those rounded to milliseconds, still give every frame once.
     """
     shown, k = None, 0
     for start, frame in timed:
@@ -143,7 +154,14 @@ def encode(
     rate: Fraction,
     options: dict[str, str],
 ) -> int:
-    """Write frames, each turned by quarter turns counter-clockwise to the upright (H,W); returns how many."""
+    """Writes frames as H.264 in MP4 and returns their number.
+
+    Args:
+        size: even (H,W) of the upright video.
+        turns: quarter turns, counter-clockwise, that make a frame upright.
+        rate: in 1/s.
+        options: of x264.
+    """
     height, width = size
     stored = size if turns % 2 == 0 else (width, height)
     count = 0
@@ -159,7 +177,7 @@ def encode(
             )  # fmt: skip
             picture = turn(picture, turns) if turns else picture
             picture.pts, picture.time_base = count, 1 / rate
-            picture.pict_type = 0  # else x264 takes over where the source has its key and B-frames
+            picture.pict_type = 0  # else x264 copies the source's frame types, key and B-frames included
             container.mux(stream.encode(picture))
             count += 1
         container.mux(stream.encode())
@@ -167,13 +185,13 @@ def encode(
 
 
 def copy_colours(frame: av.VideoFrame, encoder: av.VideoCodecContext) -> None:
-    """Say of the new video what the old one says about its colours; their range is always the limited one."""
+    """Copies the colour description of a frame to the encoder, except that the range is always limited."""
     encoder.colorspace, encoder.color_range = frame.colorspace, 1
     encoder.color_primaries, encoder.color_trc = frame.color_primaries, frame.color_trc
 
 
 def turn(frame: av.VideoFrame, turns: int) -> av.VideoFrame:
-    """A yuv420p frame of even size by quarter turns counter-clockwise."""
+    """Rotates a yuv420p frame of even size by quarter turns counter-clockwise."""
     h, w = frame.height, frame.width
     planes = np.split(frame.to_ndarray().ravel(), [h * w, h * w * 5 // 4])
     shapes = (h, w), (h // 2, w // 2), (h // 2, w // 2)
@@ -183,7 +201,11 @@ def turn(frame: av.VideoFrame, turns: int) -> av.VideoFrame:
 
 
 def read_back(path: str | Path, *, count: int, size: tuple[int, int], rate: Fraction) -> None:
-    """Raises VideoError unless a file has so many frames of this size and rate, and three can be decoded."""
+    """Checks the number of frames, their size (H,W) and rate of a file, and decodes three of them.
+
+    Raises:
+        VideoError: something is wrong.
+    """
     with open_video(path, "pyav") as video:
         if (video.num_frames, video.size) != (count, size) or abs(video.fps / float(rate) - 1) > 1e-3:
             raise VideoError(
@@ -202,61 +224,35 @@ def three_frames(count: int) -> list[int]:
 # --- files --------------------------------------------------------------------------------------------------
 
 
-class Job(NamedTuple):
-    """A video to make: where it is, its path below the output, and where that is."""
-
-    source: str
-    name: PurePath
-    target: str
+class WritingFailed(Failure):
+    """A failure that is not the video's fault, such as a full disk."""
 
 
-class WritingFailed(NamedTuple):
-    """No fault of a video: the disk is full, or the like."""
-
-    reason: str
-
-
-def make_video(job: Job, *, encoding: Encoding, tag: str) -> str | WritingFailed | None:
-    """Make one video, under another name until it's complete. Returns why the source is bad; None: it's done."""
+def make_video(job: Job, *, encoding: Encoding, tag: str) -> Failure | None:
+    """Makes one video and returns why that failed, if it did."""
     target = Path(job.target)
+    # Not utils.whole_file: the MP4 writer and the check afterwards need a path, and `sweep` finds the files of
+    # killed workers by the run's tag.
     temporary = target.with_name(f".{target.name}.{tag}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         convert(job.source, temporary, encoding)
         temporary.replace(target)
     except VideoError as error:
-        return error.reason
+        return Failure(error.reason)
     except OSError as error:
         return WritingFailed(f"{target}: {error.strerror or error}")
     except av.FFmpegError as error:
-        return f"can't be encoded: {error}"
+        return Failure(f"can't be encoded: {error}")
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def sweep(folder: Path, tag: str) -> None:
-    """Remove the unfinished files of this run, and those of others that are long since over."""
+    """Removes the unfinished files of this run, and those that other runs abandoned."""
     for path in folder.rglob(".*.part"):
         try:
             if f".{tag}." in path.name or time.time() - path.stat().st_mtime > ABANDONED:
                 path.unlink()
         except FileNotFoundError:  # another run was quicker
             continue
-
-
-def target_names(paths: Sequence[PurePath]) -> list[PurePath]:
-    """Each path with the suffix .mp4 in place of its own; or behind it, where two differ in nothing else."""
-    count = Counter(path.with_suffix("") for path in paths)
-    stems = [path if count[path.with_suffix("")] > 1 else path.with_suffix("") for path in paths]
-    return [stem.with_name(f"{stem.name}.mp4") for stem in stems]
-
-
-def refuse_overwriting(jobs: Sequence[Job], output: Path) -> None:
-    top, sources = os.path.realpath(output), {os.path.realpath(job.source) for job in jobs}
-    taken = {}
-    for job in jobs:
-        if job.name in taken:
-            raise ValueError(f"{taken[job.name]} and {job.source} would both become {job.name}: rename one")
-        if os.path.join(top, job.name) in sources:
-            raise ValueError(f"{job.target} is one of the videos to read: choose another --output")
-        taken[job.name] = job.source
