@@ -17,13 +17,13 @@ from datasets import DataSet
 from engine_for_finetuning import finetune_one_epoch, score_views, validate
 from evaluation import accuracies, is_finite, write_results
 from optim import Engine
-from runs.checkpoints import read_checkpoint
+from runs.checkpoints import BEST, read_checkpoint
 from runs.flags import build_schedule
 from runs.logs import Console, Progress, RunLog
 from runs.resuming import Checkpoints, Start
 from runs.signals import SAVED, Stopped, StopSignals
 from utils import World, sum_over_ranks
-from weights.tested import BEST, check_same_on_all_ranks, load_tested
+from weights.tested import check_same_on_all_ranks
 
 NO_BEST = {"top1": -1.0}
 
@@ -42,6 +42,7 @@ class Run(NamedTuple):
     normalization: tuple
     signals: StopSignals
     class_names: list[str] | None = None
+    tested: str = ""  # the file whose weights the model has, with --eval
     start: Start | None = None  # the rest is None where nothing is trained
     checkpoints: Checkpoints | None = None
     books: dict | None = None  # of what goes wrong, for `Progress`
@@ -185,15 +186,15 @@ def copy_best(run: Run, best: dict) -> bool:
 def load_for_test(run: Run, best: dict) -> str:
     """Loads the weights to be tested; returns their name.
 
-    After training that is the best checkpoint, or without one the last weights; with --eval see `find_tested`.
-    Raises CheckpointError for a file that can't be tested, or where ranks would test different weights.
+    After training that is the best checkpoint, or without one the last weights; with --eval they are loaded.
+    Raises CheckpointError where ranks would test different weights.
     """
     args, model, path = run.args, run.engine.module, Path(run.args.output_dir) / BEST
     kept = best["top1"] >= 0 and args.save_ckpt and args.output_dir and path.is_file()
+    if run.tested:
+        return run.tested
     tested = "the last weights"
-    if args.eval:
-        tested = load_tested(args, model, run.console.say)
-    elif kept and not args.disable_eval_during_finetuning:
+    if kept and not args.disable_eval_during_finetuning:
         model.load_state_dict(read_checkpoint(path)["model"])
         tested = str(path)
     check_same_on_all_ranks(tested, model, run.world)

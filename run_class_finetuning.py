@@ -15,9 +15,8 @@ from datasets import DATA_SETS, FRAME_RULES, DataSet, resolve_data_set
 from evaluation import FUSIONS
 from finetuning import NO_BEST, Run, steps_per_epoch, test, train
 from loaders import build_finetuning_loaders
-from modeling_finetune import CLASSIFIER_POSITIONS, CLASSIFIERS, create_classifier, parse_model_name, token_grid
-from probes import make_probe
-from runs.checkpoints import load_weights
+from modeling_finetune import CLASSIFIER_POSITIONS, CLASSIFIERS, colour_statistics, parse_model_name, token_grid
+from probes import build_classifier
 from runs.flags import (
     ON_OFF,
     build_books,
@@ -33,7 +32,8 @@ from runs.resuming import build_checkpoints, resume
 from runs.signals import StopSignals
 from utils import World, seed_all
 from weights.classifier import load_classifier_weights
-from weights.tested import check_tested, find_tested
+from weights.names import Weights, load_weights
+from weights.tested import check_same_on_all_ranks, check_tested, find_tested, load_tested
 
 
 # fmt: off
@@ -149,11 +149,11 @@ def check_probe(args: argparse.Namespace) -> dict | None:
 
 def check_settings(
     args: argparse.Namespace,
-) -> tuple[dict, DataSet, dict[str, VideoList], list[str] | None]:
+) -> tuple[dict, Weights | None, DataSet, dict[str, VideoList], list[str] | None]:
     """Everything that can be told wrong before anything is built.
 
-    Returns the settings of `create_classifier`, and of `make_probe` as `probe`; the data set; the lists; and the
-    names of the classes. Raises ValueError with a message that says what to change, or CheckpointError.
+    Returns the settings of `build_classifier`; the weights to start from or to test; the data set; the lists; and
+    the names of the classes. Raises ValueError with a message that says what to change, or CheckpointError.
     """
     check_common(args, "num_segments", "recount", "tubelet_size")
     check_ranges(args)
@@ -175,11 +175,11 @@ def check_settings(
     splits = ["test"] if args.eval else ["train", "val", "test"]
     if args.disable_eval_during_finetuning and not args.eval:
         splits.remove("val")
-    tested, source = None, None  # the file that is tested; the weights that are tested or started from
+    source, place = None, {"model_key": args.model_key, "prefix": args.model_prefix}
     if args.eval:
-        tested, source = find_tested(args)
+        source = find_tested(finetune=args.finetune, resume=args.resume, output_dir=args.output_dir, **place)
     elif args.finetune:
-        source = load_weights(args.finetune, model_key=args.model_key, prefix=args.model_prefix)
+        source = load_weights(args.finetune, **place)
     model_settings = {
         "name": args.model,
         "num_classes": data_set.num_classes,
@@ -197,10 +197,10 @@ def check_settings(
         "checkpoint_activations": args.use_checkpoint,
         **({"probe": probe} if probe else {}),
     }
-    if tested:
-        check_tested(tested, source, model_settings)
+    if args.eval:
+        check_tested(source, model_settings)
     lists = read_splits(args.data_path, num_classes=data_set.num_classes, splits=splits, data_root=args.data_root)
-    return model_settings, data_set, lists, class_names
+    return model_settings, source, data_set, lists, class_names
 
 
 def warn_of_empty_classes(args: argparse.Namespace, lists: dict[str, VideoList], console: Console) -> None:
@@ -212,7 +212,7 @@ def warn_of_empty_classes(args: argparse.Namespace, lists: dict[str, VideoList],
 
 def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack) -> Run:
     """Checks the settings and builds everything. Raises ValueError or CheckpointError."""
-    model_settings, data_set, lists, class_names = check_settings(args)
+    model_settings, source, data_set, lists, class_names = check_settings(args)
     world = join_processes(args)
     for videos in lists.values():
         check_readable(videos, args.decoder, decode_timeout=args.decode_timeout)
@@ -221,7 +221,9 @@ def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack
     console = Console(total_steps=steps_per_epoch(args, loaders) * args.epochs, show=is_main)
     warn_of_empty_classes(args, lists, console)
     seed_all(args.seed)
-    model = build_model(args, model_settings, console).to(world.device)
+    tested = str(source.path) if args.eval else ""
+    model = build_model(args, model_settings, source, world, console).to(world.device)
+    del source  # as large as the model
     engine = build_engine(
         args,
         model,
@@ -234,9 +236,7 @@ def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack
     videos = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items()) + " videos"
     classes = f"{data_set.num_classes} classes of {args.data_set}"
     console.say(describe(args, engine, world, model=classes, videos=videos))
-    statistics = "imagenet" if args.imagenet_default_mean_and_std else "half"
-    if "mae_st" in args.model:
-        statistics = "mae_st"
+    statistics = colour_statistics(args.model, imagenet=args.imagenet_default_mean_and_std)
     run = Run(
         args=args,
         model_settings=model_settings,
@@ -251,6 +251,7 @@ def assemble(args: argparse.Namespace, signals: StopSignals, to_close: ExitStack
         normalization=COLOUR_STATISTICS[statistics],
         signals=signals,
         class_names=class_names,
+        tested=tested,
     )
     return run if args.eval else prepare_training(run, to_close)
 
@@ -275,16 +276,18 @@ def prepare_training(run: Run, to_close: ExitStack) -> Run:
     return run._replace(start=start, checkpoints=checkpoints, books=books)
 
 
-def build_model(args: argparse.Namespace, model_settings: dict, console: Console) -> nn.Module:
-    """The classifier with the weights of --finetune, or a probe of it. Raises CheckpointError."""
-    settings = dict(model_settings)
-    probe = settings.pop("probe", None)
-    model = create_classifier(**settings)
-    if args.finetune and not args.eval:
-        load_classifier_weights(
-            model, args.finetune, model_key=args.model_key, prefix=args.model_prefix, report=console.say
-        )
-    return make_probe(model, **probe) if probe else model
+def build_model(
+    args: argparse.Namespace, model_settings: dict, source: Weights | None, world: World, console: Console
+) -> nn.Module:
+    """The classifier or probe with the weights of `source`. Raises CheckpointError."""
+    if source is None:
+        return build_classifier(model_settings)
+    if not args.eval:
+        return build_classifier(model_settings, lambda model: load_classifier_weights(model, source, console.say))
+    model = build_classifier(model_settings)
+    load_tested(source, model, console.say)
+    check_same_on_all_ranks(str(source.path), model, world)
+    return model
 
 
 def build_loaders(

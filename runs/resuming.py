@@ -27,7 +27,6 @@ from runs.checkpoints import (
     LAST,
     PREVIOUS,
     CheckpointError,
-    check_resumable,
     epoch_checkpoints,
     newest_checkpoint,
     read_checkpoint,
@@ -239,6 +238,27 @@ def resume(
         if line:
             console.say(line)
     return start
+
+
+# Model settings that may change between a run and its continuation: they shape no weight.
+CHANGEABLE = {
+    *("checkpoint_activations", "drop_path", "drop", "attn_drop", "fc_drop", "init_scale", "attn_init"),
+    "sampler_options",
+}
+
+
+def check_resumable(path: Path, old: dict, new: dict) -> None:
+    """Checks that the model settings of a checkpoint and of this run agree, except those in `CHANGEABLE`.
+
+    Raises:
+        CheckpointError: they differ; names the setting and both values.
+    """
+    for name in sorted((old.keys() & new.keys()) - CHANGEABLE):
+        if old[name] != new[name]:
+            raise CheckpointError(
+                f"{path} was made with {name} = {old[name]}, this run has {name} = {new[name]}; "
+                "use the same flags, another --output_dir, or --no_auto_resume"
+            )
 
 
 def _layout(sampler: EpochSampler) -> dict[str, int]:

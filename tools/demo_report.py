@@ -29,8 +29,10 @@ from clips.frame_indices import pretrain_indices
 from clips.lists import read_list
 from clips.video import open_video
 from masking_generator import MaskingGenerator
-from runs.checkpoints import epoch_checkpoints, load_pretrain_model, read_checkpoint
+from runs.checkpoints import epoch_checkpoints, read_checkpoint
 from targets import reconstruction_error, reconstruction_targets
+from weights.names import load_weights
+from weights.pretraining import load_pretrain_model
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -158,7 +160,7 @@ def main() -> None:
     for name, folder in (entry.split("=", 1) for entry in args.models):
         checkpoint = epoch_checkpoints(folder)[0]
         flags = read_checkpoint(checkpoint)["args"]
-        model = load_pretrain_model(checkpoint)
+        model = load_pretrain_model(load_weights(checkpoint))
         size = model.window[1] * model.patch
         clips, shares = load_clips(args.data, flags["num_frames"], flags["sampling_rate"], size, model.window)
         report[name] = judge(model, clips, shares, flags["mask_ratio"])

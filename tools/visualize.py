@@ -41,8 +41,10 @@ from masking_generator import visible_count
 from modeling_blocks import TUBELET
 from modeling_pretrain import PretrainVisionTransformer
 from pictures import panels
-from runs.checkpoints import CheckpointError, load_pretrain_model, read_checkpoint
-from tools.inference.trained import find_device
+from runs.checkpoints import CheckpointError, read_checkpoint
+from utils import choose_device
+from weights.names import load_weights
+from weights.pretraining import load_pretrain_model
 
 
 # fmt: off
@@ -189,10 +191,10 @@ def draw_clip(
 def draw(args: argparse.Namespace) -> int:
     """Draws every video; returns how many could not be read."""
     check_settings(args)
-    device, paths = find_device(args.device), list_videos(args)
+    device, paths = choose_device(args.device), list_videos(args)
     training = read_training(args.model)
     changes = {} if args.mask_ratio is None else {"mask_ratio": args.mask_ratio}
-    model = load_pretrain_model(args.model, **changes).to(device)
+    model = load_pretrain_model(load_weights(args.model), **changes).to(device)
     if args.compare_masks is not None:
         for rule in panels.COMPARED:
             visible_count(rule, args.compare_masks, model.window)
