@@ -1,4 +1,4 @@
-"""What every video ViT here is made of: tubelet embedding, fixed positions, transformer blocks."""
+"""Parts of the video ViTs: tubelet embedding, fixed positions, transformer blocks."""
 
 from functools import partial
 
@@ -12,23 +12,21 @@ TUBELET = 2  # frames per token, in every published model
 
 
 def sinusoid_1d(num_positions: int, dim: int) -> Tensor:
-    """Sinusoid table of "Attention Is All You Need" over the flattened token index.
+    """Sinusoid table of "Attention Is All You Need" over the flattened token index: (N,D) float32.
 
-    Even channels j are sin(pos / 10000^(j/dim)), odd ones cos(pos / 10000^((j-1)/dim)): (num_positions, dim)
-    float32, computed in float64. The published code of AdaMAE and VideoMAE uses this one.
+    Even channels j are sin(pos / 10000^(j/D)), odd ones cos(pos / 10000^((j-1)/D)), computed in float64. This is
+    the table in the published code of AdaMAE and VideoMAE.
     """
     position = torch.arange(num_positions, dtype=torch.float64)[:, None]
     exponent = torch.arange(dim, dtype=torch.float64).div(2, rounding_mode="floor") * 2 / dim
     angle = position / 10000.0**exponent  # (N,D)
-    table = torch.where(torch.arange(dim) % 2 == 0, angle.sin(), angle.cos())
-    return table.float()
+    return torch.where(torch.arange(dim) % 2 == 0, angle.sin(), angle.cos()).float()  # (N,D)
 
 
 def sinusoid_3d(window: tuple[int, int, int], dim: int) -> Tensor:
-    """Factorised sinusoid: (N, dim) float32, the channels shared out between time, row and column.
+    """Sinusoid table with separate channels for time, row and column: (N,D) float32.
 
-    Each axis gets an even number of channels near dim/3 (rows and columns the same number, time the rest), as
-    in the periodic 3-D encoding of the AdaMAE paper (section 3.1).
+    Rows and columns get the same even number of channels near D/3, time the rest (AdaMAE, section 3.1).
     """
     t, h, w = window
     spatial = dim // 6 * 2
@@ -38,7 +36,7 @@ def sinusoid_3d(window: tuple[int, int, int], dim: int) -> Tensor:
         sinusoid_1d(h, spatial)[None, :, None].expand(t, h, w, -1),
         sinusoid_1d(w, spatial)[None, None, :].expand(t, h, w, -1),
     )
-    return torch.cat(axes, dim=-1).flatten(0, 2)
+    return torch.cat(axes, dim=-1).flatten(0, 2)  # (N,D)
 
 
 POSITIONS = {
@@ -55,7 +53,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 class TubeletEmbed(nn.Module):
-    """Cuts a clip (B,3,T,H,W) into tubelets and embeds each: (B,N,D), tokens in (t,h,w) order, w fastest."""
+    """Embeds the tubelets of a clip: (B,3,T,H,W) -> (B,N,D), tokens in (t,h,w) order, w fastest."""
 
     def __init__(self, *, patch: int, dim: int, tubelet: int = TUBELET):
         super().__init__()
@@ -66,7 +64,7 @@ class TubeletEmbed(nn.Module):
 
 
 class SeparateAttention(nn.Module):
-    """Self-attention (B,N,D) -> (B,N,D) with a biased projection each for query, key and value (MAE-ST)."""
+    """Self-attention (B,N,D) -> (B,N,D) with separate, biased projections of query, key and value (MAE-ST)."""
 
     def __init__(self, *, dim: int, heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0):
         super().__init__()
@@ -80,14 +78,19 @@ class SeparateAttention(nn.Module):
         )  # each (B,heads,N,d)
         drop = self.attn_drop if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)  # (B,heads,N,d)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B,N,D)
 
 
 class Blocks(nn.ModuleList):
-    """Pre-norm transformer blocks (B,N,D) -> (B,N,D), stochastic depth rising linearly to `drop_path`.
+    """Pre-norm transformer blocks: (B,N,D) -> (B,N,D).
 
-    Queries, keys and values come from one projection without a key bias, or with `separate_qkv` from three.
-    `checkpoint_activations` recomputes each block's activations in the backward pass instead of storing them.
+    Args:
+        drop: dropout after attention and MLP.
+        attn_drop: dropout of attention weights.
+        drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
+        separate_qkv: project query, key and value separately, with biases (MAE-ST); else together, without a
+            key bias.
+        checkpoint_activations: recompute activations in the backward pass instead of storing them.
     """
 
     def __init__(
@@ -116,7 +119,7 @@ class Blocks(nn.ModuleList):
             for rate in rates
         )
         for block in self:
-            block.mlp.drop1 = nn.Identity()  # the published MLP has no dropout after its activation
+            block.mlp.drop1 = nn.Identity()  # published: no dropout after the activation
             if separate_qkv:
                 block.attn = SeparateAttention(dim=dim, heads=heads, attn_drop=attn_drop, proj_drop=drop)
         self.checkpoint_activations = checkpoint_activations
@@ -124,7 +127,7 @@ class Blocks(nn.ModuleList):
     def forward(self, x: Tensor) -> Tensor:
         for block in self:
             if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, use_reentrant=False)  # (B,N,D)
             else:
-                x = block(x)
+                x = block(x)  # (B,N,D)
         return x

@@ -1,7 +1,8 @@
-"""The video ViT as a classifier (AdaMAE, VideoMAE, MAE-ST), and the tables of sizes and of classifiers."""
+"""The video ViT as a classifier (AdaMAE, VideoMAE, MAE-ST), and the tables of sizes and classifiers."""
 
 import re
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -30,18 +31,38 @@ SIZES = {
     "huge": Size(dim=1280, depth=32, heads=16, decoder_dim=640, decoder_heads=8),
 }
 
-# MAE-ST's classifier against that of AdaMAE and VideoMAE, as settings of `VisionTransformer`
-MAE_ST = {"class_token": True, "separate_qkv": True, "encoder_norm": True, "pos_embed": "separable"}
 
-CLASSIFIERS: dict[str, dict] = {
-    "vit_tiny_patch8_64": {},
-    "vit_small_patch16_224": {},
-    "vit_base_patch16_224": {},
-    "vit_base_patch16_384": {},
-    "vit_large_patch16_224": {},
-    "vit_large_patch16_384": {},
-    "vit_large_patch16_512": {},
-    "vit_huge_patch16_224": {},
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What the classifiers of one paper have in common.
+
+    Args:
+        settings: keyword arguments of `VisionTransformer`.
+        statistics: colour statistics of its input, a key of `augment.COLOUR_STATISTICS`.
+        sampling: rule for the frames of a clip, a key of `datasets.FRAME_RULES`, for videos of no data set.
+    """
+
+    settings: dict = field(default_factory=dict)
+    statistics: str = "imagenet"
+    sampling: str = "dense"
+
+
+VIDEOMAE = Family()  # AdaMAE's classifiers are the same
+MAE_ST = Family(
+    settings={"class_token": True, "separate_qkv": True, "encoder_norm": True, "pos_embed": "separable"},
+    statistics="mae_st",
+    sampling="mae_st",
+)
+
+CLASSIFIERS = {
+    "vit_tiny_patch8_64": VIDEOMAE,
+    "vit_small_patch16_224": VIDEOMAE,
+    "vit_base_patch16_224": VIDEOMAE,
+    "vit_base_patch16_384": VIDEOMAE,
+    "vit_large_patch16_224": VIDEOMAE,
+    "vit_large_patch16_384": VIDEOMAE,
+    "vit_large_patch16_512": VIDEOMAE,
+    "vit_huge_patch16_224": VIDEOMAE,
     "vit_tiny_mae_st_patch8_64": MAE_ST,
     "vit_base_mae_st_patch16_224": MAE_ST,
     "vit_large_mae_st_patch16_224": MAE_ST,
@@ -50,10 +71,13 @@ CLASSIFIERS: dict[str, dict] = {
 
 
 def parse_model_name(name: str, known: Collection[str]) -> tuple[Size, int, int]:
-    """Reads `..._<size>_..._patch<p>_<img>`: the size's table entry, the patch and the input side in pixels.
+    """Reads a name `..._<size>_..._patch<p>_<img>`.
+
+    Returns:
+        The entry of `SIZES`, the patch size and the input size in pixels.
 
     Raises:
-        ValueError: `name` is not one of `known`.
+        SettingError: `name` is not one of `known`.
     """
     if name not in known:
         raise SettingError(f"--model {name}: no such model; choose one of {', '.join(sorted(known))}")
@@ -61,11 +85,21 @@ def parse_model_name(name: str, known: Collection[str]) -> tuple[Size, int, int]
     return SIZES[size], int(patch), int(img)
 
 
+def colour_statistics(name: str, *, imagenet: bool = True) -> str:
+    """Returns the key of `augment.COLOUR_STATISTICS` with which the input of a classifier is normalised.
+
+    Args:
+        imagenet: False replaces ImageNet's statistics by 0.5 (`--imagenet_default_mean_and_std false`).
+    """
+    statistics = CLASSIFIERS[name].statistics
+    return "half" if statistics == "imagenet" and not imagenet else statistics
+
+
 def token_grid(num_frames: int, input_size: int, patch: int, tubelet: int = TUBELET) -> tuple[int, int, int]:
-    """The window of tokens (T/tubelet, H/patch, W/patch) of a clip.
+    """Returns the window of tokens (T',H',W') = (T/tubelet, H/patch, W/patch) of a square clip.
 
     Raises:
-        ValueError: the frames or pixels do not divide into tubelets or patches.
+        SettingError: the frames or pixels do not divide into tubelets or patches.
     """
     if num_frames % tubelet or num_frames < 1:
         raise SettingError(f"--num_frames {num_frames} is not a multiple of the tubelet size {tubelet}")
@@ -80,27 +114,27 @@ CLASSIFIER_POSITIONS = (*POSITIONS, "learnable", "separable")
 class VisionTransformer(nn.Module):
     """The classifier of AdaMAE, VideoMAE and MAE-ST: clip (B,3,T,H,W) -> logits (B,classes).
 
-    Embed, add positions, transform, pool, normalise, drop out, classify. Parameter names are those of the
-    published checkpoints.
+    Parameter names are those of the published checkpoints.
 
     Args:
         size: width, depth and heads.
-        patch, tubelet: pixels per side and frames of a token; window: the grid of tokens (T', H', W').
-        drop, attn_drop, drop_path, fc_drop: dropout of embeddings and blocks, of attention, stochastic depth,
-            and dropout before the head.
+        patch: side of a token in pixels.
+        window: grid of tokens (T',H',W').
+        tubelet: frames per token.
+        drop: dropout after the positions and in the blocks.
+        fc_drop: dropout before the head.
         init_scale: factor on the head's initial weights.
-        mean_pooling: average the tokens, without the class token; else take the first one.
-        slot_pooling: with mean pooling, average each time slot and classify them side by side, which keeps
-            the order of events; not in the papers.
+        mean_pooling: average the tokens, without the class token; else classify the first token.
+        slot_pooling: with mean pooling, average each time slot and classify the concatenation, which keeps the
+            order of events. Not in the papers.
         class_token: put a learnable token in front of the clip's.
-        separate_qkv: see `Blocks`.
-        encoder_norm: normalise the average by the encoder's own `norm` (MAE-ST), not by a fresh `fc_norm`.
+        encoder_norm: normalise the mean by the encoder's own `norm` (MAE-ST), not by a fresh `fc_norm`.
         pos_embed: "sinusoid_1d" or "sinusoid_3d", fixed; "learnable", one table that starts as the 1-D
-            sinusoid; "separable", learnable, the sum of a table over time and one over space.
-        checkpoint_activations: recompute activations in the backward pass.
+            sinusoid; "separable", the sum of a learnable table over time and one over space.
+        block_settings: keyword arguments of `Blocks`.
 
     Raises:
-        ValueError: there are no such positions.
+        SettingError: unknown positions.
     """
 
     def __init__(
@@ -112,17 +146,14 @@ class VisionTransformer(nn.Module):
         num_classes: int,
         tubelet: int = TUBELET,
         drop: float = 0.0,
-        attn_drop: float = 0.0,
-        drop_path: float = 0.0,
         fc_drop: float = 0.0,
         init_scale: float = 0.001,
         mean_pooling: bool = True,
         slot_pooling: bool = False,
         class_token: bool = False,
-        separate_qkv: bool = False,
         encoder_norm: bool = False,
         pos_embed: str = "sinusoid_1d",
-        checkpoint_activations: bool = False,
+        **block_settings,
     ):
         super().__init__()
         self.window, self.patch, self.dim, self.depth = window, patch, size.dim, size.depth
@@ -132,16 +163,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim)) if class_token else None
         self._create_positions()
         self.pos_drop = nn.Dropout(drop)
-        self.blocks = Blocks(
-            dim=size.dim,
-            depth=size.depth,
-            heads=size.heads,
-            drop=drop,
-            attn_drop=attn_drop,
-            drop_path=drop_path,
-            separate_qkv=separate_qkv,
-            checkpoint_activations=checkpoint_activations,
-        )
+        self.blocks = Blocks(dim=size.dim, depth=size.depth, heads=size.heads, drop=drop, **block_settings)
         norm = nn.LayerNorm(size.dim, eps=1e-6)
         fresh = mean_pooling and not encoder_norm
         self.norm, self.fc_norm = (None, norm) if fresh else (norm, None)
@@ -181,13 +203,13 @@ class VisionTransformer(nn.Module):
             self.head.bias.mul_(init_scale)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that take no weight decay although they are not one-dimensional."""
+        """Names of the parameters without weight decay, besides the one-dimensional ones."""
         return {n for n, _ in self.named_parameters() if n.startswith(("cls_token", "pos_embed"))}
 
     def layer_ids(self) -> dict[str, int]:
-        """The layer of each parameter, by name, for layer-wise learning rates (BEiT).
+        """Layer of each parameter, for layer-wise learning rates (BEiT).
 
-        Embedding, positions and class token are 0, block i is i + 1, final norm and head are depth + 1.
+        Embedding, positions and class token are in layer 0, block i in i + 1, final norm and head in depth + 1.
         """
 
         def layer(name: str) -> int:
@@ -198,12 +220,14 @@ class VisionTransformer(nn.Module):
         return {name: layer(name) for name, _ in self.named_parameters()}
 
     def position_table(self) -> Tensor:
-        """What is added to the tokens: (1,N,D), or (1,1+N,D) with the class token's row in front."""
+        """Positions of the tokens: (1,N,D), or (1,1+N,D) with the class token's row in front."""
         if self.pos_kind != "separable":
             return self.pos_embed if self.pos_kind == "learnable" else self.positions
         grid = self.pos_embed_temporal[:, :, None] + self.pos_embed_spatial[:, None]  # (1,T',H'W',D)
         table = grid.flatten(1, 2)  # (1,N,D)
-        return table if self.pos_embed_class is None else torch.cat([self.pos_embed_class, table], dim=1)
+        if self.pos_embed_class is None:
+            return table
+        return torch.cat([self.pos_embed_class, table], dim=1)  # (1,1+N,D)
 
     def _encode(self, clip: Tensor) -> Tensor:
         x = self.patch_embed(clip)  # (B,N,D)
@@ -215,27 +239,24 @@ class VisionTransformer(nn.Module):
         return x if self.cls_token is None else x[:, 1:]
 
     def forward_tokens(self, clip: Tensor) -> Tensor:
-        """The clip's tokens after the last block, not normalised, no class token: (B,N,D), (t,h,w) order.
+        """Tokens after the last block: clip (B,3,T,H,W) -> (B,N,D), in (t,h,w) order.
 
-        `unflatten(1, model.window)` gives them their place back, and `final_norm` of any mean over them is
-        on the scale of `forward_features`.
+        They are not normalised and have no class token. `final_norm` brings a mean over them to the scale of
+        `forward_features`.
         """
         return self._without_class_token(self._encode(clip))
 
     def final_norm(self, x: Tensor) -> Tensor:
-        """The LayerNorm between pooling and head: (...,D) -> (...,D)."""
+        """LayerNorm between pooling and head: (...,D) -> (...,D)."""
         return (self.norm if self.fc_norm is None else self.fc_norm)(x)
 
     def forward_features(self, clip: Tensor) -> Tensor:
-        """The pooled and normalised vector that the head classifies: (B,D), with slot pooling (B,T'*D).
-
-        With mean pooling it is `final_norm(forward_tokens(clip).mean(1))`.
-        """
+        """Pooled and normalised input of the head: clip (B,3,T,H,W) -> (B,D), with slot pooling (B,T'*D)."""
         x = self._encode(clip)  # (B,[1+]N,D)
         if not self.mean_pooling:
-            return self.final_norm(x[:, 0])
+            return self.final_norm(x[:, 0])  # (B,D)
         slots = self._without_class_token(x).unflatten(1, (self.slots, -1)).mean(2)  # (B,T' or 1,D)
-        return self.final_norm(slots).flatten(1)
+        return self.final_norm(slots).flatten(1)  # (B,D) or (B,T'*D)
 
     def forward(self, clip: Tensor) -> Tensor:
         return self.head(self.fc_drop(self.forward_features(clip)))  # (B,classes)
@@ -251,14 +272,20 @@ def create_classifier(
     pos_embed: str | None = None,
     **settings,
 ) -> VisionTransformer:
-    """Builds a model of `CLASSIFIERS`; `settings` go to `VisionTransformer`.
+    """Builds a model of `CLASSIFIERS`.
 
-    `input_size` in pixels overrides the side in the name, `pos_embed` the positions that the named model has.
-    Raises ValueError for an unknown name and for frames or pixels that do not divide into tokens.
+    Args:
+        num_frames: frames per clip.
+        input_size: side of the clip in pixels; by default the one in the name.
+        pos_embed: positions; by default those of the family.
+        settings: keyword arguments of `VisionTransformer`.
+
+    Raises:
+        SettingError: unknown name, or frames or pixels that do not divide into tokens.
     """
     size, patch, img = parse_model_name(name, CLASSIFIERS)
     window = token_grid(num_frames, input_size or img, patch, tubelet)
-    settings = {**CLASSIFIERS[name], **settings}
+    settings = {**CLASSIFIERS[name].settings, **settings}
     if pos_embed is not None:
         settings["pos_embed"] = pos_embed
     return VisionTransformer(

@@ -1,12 +1,13 @@
-"""Probes: a small head trained on the features of a frozen encoder."""
+"""Probes: a small head trained on the features of a frozen encoder; and models with or without one."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
-from modeling_finetune import VisionTransformer
+from modeling_finetune import VisionTransformer, create_classifier
 
 PROBES = ("linear", "attentive")
 
@@ -14,15 +15,14 @@ PROBES = ("linear", "attentive")
 class Probe(nn.Module):
     """A frozen encoder and a trained head: clip (B,3,T,H,W) -> logits (B,classes).
 
-    The encoder stays in evaluation mode and runs without a graph while the probe is trained. Its weights are
-    under `encoder.` in the state dict, the last layer is `head`, as in a pre-training checkpoint followed by
-    a classifier's head.
+    The encoder stays in evaluation mode and runs without a graph while the probe is trained. In the state dict
+    its weights start with `encoder.`, as in a pre-training checkpoint; the trained layer is `head`.
 
     Args:
-        encoder: the classifier to probe. It is taken over: frozen, and its own head removed.
-        pool: tokens (B,N,D) -> (B,D); None takes the classifier's own pooled features.
-        batch_norm: standardise the features by a BatchNorm without parameters before the linear layer (MAE,
-            appendix A.1).
+        encoder: the classifier to probe. It is modified: frozen, and its own head removed.
+        pool: tokens (B,N,D) -> (B,D); None uses the classifier's own pooled features.
+        batch_norm: standardise the features before the linear layer, with a BatchNorm that has no parameters
+            (MAE, appendix A.1).
         head_std: standard deviation of the head's initial weights.
     """
 
@@ -37,7 +37,7 @@ class Probe(nn.Module):
         super().__init__()
         self.window, self.patch, self.depth = encoder.window, encoder.patch, encoder.depth
         num_classes = encoder.head.out_features
-        width = encoder.head.in_features if pool is None else encoder.dim  # slot pooling has several means
+        width = encoder.head.in_features if pool is None else encoder.dim  # T'*D with slot pooling
         encoder.head = nn.Identity()
         self.encoder = encoder.requires_grad_(False)
         self.pool = pool
@@ -53,29 +53,28 @@ class Probe(nn.Module):
         return self
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that take no weight decay although they are not one-dimensional."""
+        """Names of the parameters without weight decay, besides the one-dimensional ones."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
 
     def layer_ids(self) -> dict[str, int]:
-        """As `VisionTransformer.layer_ids`: everything that is trained is in the last layer."""
+        """Layer of each parameter, as in `VisionTransformer.layer_ids`; all trained ones are in the last."""
         frozen = {f"encoder.{name}": layer for name, layer in self.encoder.layer_ids().items()}
         return {name: frozen.get(name, self.depth + 1) for name, _ in self.named_parameters()}
 
     def forward_features(self, clip: Tensor) -> Tensor:
-        """What the linear layer sees: (B,D), with slot pooling (B,T'*D)."""
+        """Input of the linear layer: clip (B,3,T,H,W) -> (B,D), with slot pooling (B,T'*D)."""
         with torch.no_grad():
             x = self.encoder.forward_features(clip) if self.pool is None else self.encoder.forward_tokens(clip)
-        return self.norm(x if self.pool is None else self.pool(x))
+        return self.norm(x if self.pool is None else self.pool(x))  # (B,D) or (B,T'*D)
 
     def forward(self, clip: Tensor) -> Tensor:
         return self.head(self.forward_features(clip))  # (B,classes)
 
 
 def attentive_pool(*, dim: int, heads: int) -> nn.Sequential:
-    """Tokens (B,N,D) -> (B,D): one cross-attention layer whose learned query looks at all tokens.
+    """Builds V-JEPA's attentive pooling: tokens (B,N,D) -> (B,D).
 
-    As in V-JEPA's attentive probing, the tokens are normalised first, and an MLP with a residual connection
-    follows the attention.
+    LayerNorm, one cross-attention layer with a learned query, and an MLP with a residual connection.
     """
     norm = partial(nn.LayerNorm, eps=1e-6)
     pool = nn.Sequential(norm(dim), AttentionPoolLatent(dim, num_heads=heads, norm_layer=norm))
@@ -87,15 +86,15 @@ def attentive_pool(*, dim: int, heads: int) -> nn.Sequential:
 
 
 def make_probe(model: VisionTransformer, *, kind: str, batch_norm: bool = False) -> Probe:
-    """Turns a classifier, with its pre-trained weights already loaded, into a probe of its encoder.
+    """Makes a classifier with pre-trained weights into a probe of its encoder.
 
     Args:
-        kind: "linear", a linear layer on the model's pooled features (MAE, appendix A.1), or "attentive", on
-            the output of `attentive_pool` (V-JEPA).
-        batch_norm: see `Probe`; for either kind.
+        kind: "linear" for a linear layer on the model's pooled features (MAE, appendix A.1), "attentive" for
+            one on the output of `attentive_pool` (V-JEPA).
+        batch_norm: see `Probe`.
 
     Raises:
-        ValueError: there is no such kind.
+        ValueError: unknown kind.
     """
     if kind == "linear":
         return Probe(encoder=model, batch_norm=batch_norm, head_std=0.01)
@@ -103,3 +102,19 @@ def make_probe(model: VisionTransformer, *, kind: str, batch_norm: bool = False)
         pool = attentive_pool(dim=model.dim, heads=model.heads)
         return Probe(encoder=model, pool=pool, batch_norm=batch_norm, head_std=0.02)
     raise ValueError(f"probe {kind}: no such kind; choose one of {', '.join(PROBES)}")
+
+
+def build_classifier(
+    settings: dict, prepare: Callable[[VisionTransformer], object] = lambda model: None
+) -> VisionTransformer | Probe:
+    """Builds a classifier, or a probe where the settings ask for one.
+
+    Args:
+        settings: arguments of `create_classifier`; under `probe`, where present, those of `make_probe`.
+        prepare: called with the classifier before it becomes a probe, to load its weights.
+    """
+    settings = dict(settings)
+    probe = settings.pop("probe", None)
+    model = create_classifier(**settings)
+    prepare(model)
+    return make_probe(model, **probe) if probe else model

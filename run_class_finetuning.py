@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader
-from weights.names import Weights, load_weights
 
 from augment import COLOUR_STATISTICS, BatchAugmentation, ClipErasing, ClipMixup
 from clips.finetune_transforms import build_finetune_transform
@@ -37,6 +36,7 @@ from runs.program import run_program
 from runs.signals import StopSignals
 from utils import SettingError, World, seed_all
 from weights.classifier import load_classifier_weights
+from weights.names import Weights, load_weights
 from weights.tested import check_same_on_all_ranks, check_tested, find_tested, load_tested
 
 

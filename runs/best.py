@@ -6,13 +6,12 @@ from pathlib import Path
 
 from torch import nn
 
-from runs.checkpoints import read_checkpoint
+from runs.checkpoints import BEST, read_checkpoint
 from runs.console import Console
 from runs.saving import Checkpoints
 from runs.training import TrainingRun
 from utils import broadcast_from_main
 
-BEST = "checkpoint-best.pth"
 NO_BEST = {"top1": -1.0}
 
 

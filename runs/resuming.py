@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from loaders import EpochSampler
 from optim import Engine
-from runs.checkpoints import CheckpointError, check_resumable, newest_checkpoint, read_checkpoint
+from runs.checkpoints import CheckpointError, newest_checkpoint, read_checkpoint
 from runs.console import Console
 from runs.version import code_version
 from utils import World, gather_from_ranks
@@ -88,6 +88,27 @@ def load(
     batch = min(batch, sampler.steps_per_epoch)
     kept = ["best", "progress"] if batch else ["best"]
     return Start(epoch, batch, {name: state[name] for name in kept if name in state}), lines
+
+
+# Model settings that may change between a run and its continuation: they shape no weight.
+CHANGEABLE = {
+    *("checkpoint_activations", "drop_path", "drop", "attn_drop", "fc_drop", "init_scale", "attn_init"),
+    "sampler_options",
+}
+
+
+def check_resumable(path: Path, old: dict, new: dict) -> None:
+    """Checks that the model settings of a checkpoint and of this run agree, except those in `CHANGEABLE`.
+
+    Raises:
+        CheckpointError: they differ; names the setting and both values.
+    """
+    for name in sorted((old.keys() & new.keys()) - CHANGEABLE):
+        if old[name] != new[name]:
+            raise CheckpointError(
+                f"{path} was made with {name} = {old[name]}, this run has {name} = {new[name]}; "
+                "use the same flags, another --output_dir, or --no_auto_resume"
+            )
 
 
 def layout_of(sampler: EpochSampler) -> dict[str, int]:

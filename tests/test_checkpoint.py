@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from modeling_pretrain import create_pretrain_model
 from runs.checkpoints import (
     CheckpointError,
-    check_resumable,
     epoch_checkpoints,
-    load_pretrain_model,
-    load_weights,
     newest_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
+from runs.resuming import check_resumable
+from weights.names import load_weights
+from weights.pretraining import load_pretrain_model
 
 TINY = "pretrain_videomae_tiny_patch8_64"
 
@@ -169,7 +169,7 @@ def test_a_published_checkpoint_tells_its_model(tmp_path, mask_type):
         "pretrain_videomae_small_patch16_224", mask_type=mask_type, mask_ratio=0.9, decoder_depth=2
     )
     save_checkpoint(tmp_path / "a.pth", {"model": model.state_dict(), "epoch": 799})
-    loaded = load_pretrain_model(tmp_path / "a.pth")
+    loaded = load_pretrain_model(load_weights(tmp_path / "a.pth"))
     assert loaded.masking.mask_type == mask_type and len(loaded.decoder.blocks) == 2
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     assert not loaded.training
@@ -185,7 +185,7 @@ def test_our_checkpoint_rebuilds_its_model_with_changes(tmp_path):
     }
     model = create_pretrain_model(**settings)
     save_checkpoint(tmp_path / "a.pth", {"model": model.state_dict(), "model_settings": settings})
-    loaded = load_pretrain_model(tmp_path / "a.pth", mask_ratio=0.5)
+    loaded = load_pretrain_model(load_weights(tmp_path / "a.pth"), mask_ratio=0.5)
     assert loaded.window == (4, 4, 4) and loaded.masking.num_visible == 32
     assert torch.equal(loaded.positions, model.positions)
 
@@ -200,7 +200,7 @@ def test_our_checkpoint_rebuilds_its_model_with_changes(tmp_path):
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, state, words):
     save_checkpoint(tmp_path / "a.pth", state)
     with pytest.raises(CheckpointError, match=words):
-        load_pretrain_model(tmp_path / "a.pth")
+        load_pretrain_model(load_weights(tmp_path / "a.pth"))
 
 
 def test_a_changed_setting_is_named_with_both_values(tmp_path):
@@ -291,5 +291,5 @@ def test_a_pretraining_model_from_other_containers(tmp_path, form):
         save_file(model.state_dict(), tmp_path / "model.safetensors")
     else:
         save_checkpoint(tmp_path / "mp_rank_00_model_states.pt", {"module": model.state_dict()})
-    loaded = load_pretrain_model(tmp_path)
+    loaded = load_pretrain_model(load_weights(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))

@@ -18,8 +18,9 @@ from pictures.drawing import filmstrip
 from pictures.panels import BLANK, mask_panels, prediction_panel, training_picture
 from pictures.reconstruction import PictureSettings, reconstruct
 from run_mae_pretraining import main
-from runs.checkpoints import load_pretrain_model
 from targets import TARGETS, Losses, Target, create_target
+from weights.names import load_weights
+from weights.pretraining import load_pretrain_model
 
 SETTINGS = {"name": "pretrain_videomae_tiny_patch8_64", "num_frames": 8, "input_size": 32, "decoder_depth": 1}
 FLAGS = [
@@ -120,7 +121,7 @@ def test_the_program_knows_them(videos, tmp_path, name):
     assert np.isfinite(entry["loss_reconstruction"]) and entry["loss_reconstruction"] > 0
     (picture,) = (tmp_path / "pictures").glob("*.png")
     assert Image.open(picture).width > 5 * 160
-    model = load_pretrain_model(tmp_path / "checkpoint-0.pth")
+    model = load_pretrain_model(load_weights(tmp_path / "checkpoint-0.pth"))
     assert model.decoder.head.out_features == TARGETS[name].width
     assert model.masking.mask_type == "first_half"
 

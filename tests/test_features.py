@@ -21,8 +21,10 @@ from modeling_finetune import Size, VisionTransformer, create_classifier
 from modeling_pretrain import create_pretrain_model
 from probes import make_probe
 from runs.checkpoints import save_checkpoint
+from tools.inference import windows as clip_windows
 from tools.inference.trained import ClipSettings
 from weights.classifier import load_classifier
+from weights.names import load_weights
 
 PROGRAM = "tools/extract_features.py"
 spec = importlib.util.spec_from_file_location("extract_features", ROOT / PROGRAM)
@@ -117,7 +119,7 @@ def clips_by_hand(path, indices):
 
 def captured(checkpoint, module_name, clips, hook):
     """What the hook of a module keeps when the whole model, head included, sees the clips."""
-    model = load_classifier(checkpoint, num_classes=6, report=lambda text: None)
+    model = load_classifier(load_weights(checkpoint), num_classes=6, report=lambda text: None)
     seen = []
     getattr(model.get_submodule(module_name), hook)(lambda module, *values: seen.append(values[-1]))
     with torch.no_grad():
@@ -156,7 +158,7 @@ def test_the_pools_agree(tmp_path, folder, kind):
     for pool in features.POOLS:
         extract(path, tmp_path / pool, folder, "--pool", pool, "--window", 8)
     mean, slots, tokens = (read(tmp_path / pool / "long.safetensors")[0] for pool in features.POOLS)
-    norm = load_classifier(path, headless=True, report=lambda text: None).final_norm
+    norm = load_classifier(load_weights(path), headless=True, report=lambda text: None).final_norm
     assert slots.shape == (len(mean), WINDOW[0], DIM)
     with torch.no_grad():
         torch.testing.assert_close(norm(torch.from_numpy(tokens).mean((2, 3))), torch.from_numpy(slots))
@@ -186,7 +188,7 @@ def test_pooled_features_equal_the_published_code(name):
     ("num_frames", "clip_len", "rate", "stride"), [(100, 16, 4, 8), (61, 16, 4, 1), (50, 4, 3, 50)]
 )
 def test_windows_start_every_stride_frames_and_stay_inside(num_frames, clip_len, rate, stride):
-    windows = features.sliding_windows(num_frames, clip_len, rate, stride)
+    windows = clip_windows.sliding_windows(num_frames, clip_len, rate, stride)
     assert windows.dtype == np.int64 and windows.shape[1] == clip_len
     assert (np.diff(windows, axis=1) == rate).all()
     assert windows[:, 0].tolist() == list(range(0, stride * len(windows), stride))
@@ -195,19 +197,19 @@ def test_windows_start_every_stride_frames_and_stay_inside(num_frames, clip_len,
 
 @pytest.mark.parametrize("num_frames", [1, 7, 60])
 def test_a_video_shorter_than_a_clip_has_one_window(num_frames):
-    windows = features.sliding_windows(num_frames, 16, 4, 8)
+    windows = clip_windows.sliding_windows(num_frames, 16, 4, 8)
     assert windows.tolist() == [[min(4 * k, num_frames - 1) for k in range(16)]]
 
 
 @pytest.mark.parametrize("budget", [1, 2**16, 2**28])
 def test_clips_show_the_frames_that_the_file_names(folder, monkeypatch, budget):
     """However many of them are decoded at a time."""
-    monkeypatch.setattr(features, "FRAME_BYTES", budget)
+    monkeypatch.setattr(clip_windows, "FRAME_BYTES", budget)
     clips = ClipSettings(4, "dense", 3, 48, 48, "imagenet", 5, 3)
     video = write_video(folder / "square.mp4", 40, size=(48, 48))
-    windows = list(features.Windows(paths=[str(video)], clips=clips, stride=2, decoder="pyav"))
+    windows = list(clip_windows.Windows(paths=[str(video)], clips=clips, stride=2, decoder="pyav"))
     (folder / "square.mp4").unlink()
-    expected = features.sliding_windows(40, 4, 3, 2)
+    expected = clip_windows.sliding_windows(40, 4, 3, 2)
     assert np.array_equal([w.frames for w in windows], expected)
     assert [read_numbers(w.clip.transpose(0, 1)) for w in windows] == expected.tolist()
     assert [w.last for w in windows] == [False] * (len(expected) - 1) + [True]
@@ -302,7 +304,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, folder, checkpoint, 
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(features.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         done = run(checkpoint, tmp_path, folder, "--format", kind)
     assert done.returncode == 1 and "error: no space left on device" in done.stderr
     assert not files_in(tmp_path)
@@ -342,7 +344,7 @@ def test_other_weights_under_the_same_name_are_refused(tmp_path, folder):
 
 def test_an_unreadable_video_is_reported_and_the_others_go_on(tmp_path, folder, checkpoint, monkeypatch):
     """Also one that breaks off after some of its windows."""
-    monkeypatch.setattr(features, "FRAME_BYTES", 1)
+    monkeypatch.setattr(clip_windows, "FRAME_BYTES", 1)
     (tmp_path / "empty.mp4").touch()
     broken = write_video(tmp_path / "whole.mp4", 200, g="10")
     damaged = write_damaged(broken, tmp_path / "damaged.mp4", 0.6, 0.9)

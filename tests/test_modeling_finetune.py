@@ -87,7 +87,7 @@ def test_mae_st_equals_the_published_code(name):
     own = tensors(name)
     golden = {**tensors(name.replace("finetune", "pretrain")), **own}
     case = golden_manifest()["cases"][name]
-    model = model_of(case["config"], **MAE_ST)
+    model = model_of(case["config"], **MAE_ST.settings)
     state = {k: v for k, v in under("state", golden).items() if k not in case["unexpected_keys"]}
     model.load_state_dict(state)
     logits = model(golden["in.clip"])
@@ -99,7 +99,7 @@ def test_mae_st_equals_the_published_code(name):
 
 
 @needs_golden
-@pytest.mark.parametrize(("family", "key"), [({}, "finetune"), (MAE_ST, "mae_st_finetune")])
+@pytest.mark.parametrize(("family", "key"), [({}, "finetune"), (MAE_ST.settings, "mae_st_finetune")])
 def test_layers_and_undecayed_names_equal_the_published_groups(family, key):
     """The tables hold names, decay and learning-rate scale of each group of a model of depth 2."""
     groups = table("optim_tables")["param_groups"][f"{key}_depth2_ld0p75"]
@@ -149,7 +149,7 @@ def test_parameter_counts(name, classes):
 
 def test_parameter_count_of_the_huge_mae_st_model():
     """Published for patches of 16; its pre-training model, and so ours, has patches of 14."""
-    settings = {"size": SIZES["huge"], "num_classes": 400, **MAE_ST}
+    settings = {"size": SIZES["huge"], "num_classes": 400, **MAE_ST.settings}
     with torch.device("meta"):
         published = VisionTransformer(patch=16, window=(8, 14, 14), **settings)
     assert num_parameters(published) == 632_424_080

@@ -93,7 +93,7 @@ def published_case(name: str) -> tuple[list[dict], nn.Module]:
     if "pretrain" in name:
         depths = (depth_of(golden, part) for part in ("encoder.blocks.", "decoder.blocks."))
         return golden, tiny_adamae(next(depths), decoder_depth=next(depths))
-    settings = MAE_ST if name.startswith("mae_st") else {}
+    settings = MAE_ST.settings if name.startswith("mae_st") else {}
     return golden, tiny_classifier(depth_of(golden, "blocks."), **settings)
 
 
@@ -122,7 +122,7 @@ def test_layer_decay_equals_the_published_tables(name):
     values = LAYER_DECAYS[name]
     depth, decay = len(values) - 2, values[-2]
     assert f"L{depth}_decay{decay}" in name
-    model = tiny_classifier(depth, **(MAE_ST if name.startswith("mae_st") else {}))
+    model = tiny_classifier(depth, **(MAE_ST.settings if name.startswith("mae_st") else {}))
     groups = parameter_groups(model, weight_decay=0.1, layer_decay=decay)
     scales = sorted({g["lr_scale"] for g in groups})
     assert scales == pytest.approx(values, rel=1e-15, abs=0)

@@ -17,9 +17,10 @@ from clips.video import open_video
 from modeling_finetune import create_classifier
 from modeling_pretrain import create_pretrain_model
 from probes import make_probe
-from runs.checkpoints import load_weights, save_checkpoint
+from runs.checkpoints import save_checkpoint
 from tools.inference.trained import encoder_of, find_videos, trained_clips
 from weights.classifier import load_classifier
+from weights.names import load_weights
 
 PROGRAM = "tools/predict.py"
 spec = importlib.util.spec_from_file_location("predict", ROOT / PROGRAM)
@@ -106,7 +107,7 @@ def views_by_hand(path, indices, statistics):
 def test_scores_are_the_mean_softmax_of_the_views_of_the_models_test(tmp_path, folder, flags, indices, statistics):
     path = write_checkpoint(tmp_path, **flags)
     found = run_json(path, folder / "b.mp4", "--topk", 6)
-    model = load_classifier(path, report=lambda text: None)
+    model = load_classifier(load_weights(path), report=lambda text: None)
     views = views_by_hand(folder / "b.mp4", indices, statistics)
     with torch.no_grad():
         expected = model(views).softmax(1).mean(0)
@@ -162,8 +163,9 @@ def test_a_probe_predicts(tmp_path, folder, kind):
 
 def clips_of(path, **given):
     changes = {name: given[name] for name in ("num_frames", "input_size") if given.get(name)}
-    model = load_classifier(path, headless=True, report=lambda text: None, **changes)
-    return trained_clips(load_weights(path), encoder_of(model), given)
+    found = load_weights(path)
+    model = load_classifier(found, headless=True, report=lambda text: None, **changes)
+    return trained_clips(found, encoder_of(model), given)
 
 
 PUBLISHED = {"data_set": "SSV2", "num_frames": 4, "num_segments": 1, "input_size": 32, "short_side_size": 40,

@@ -1,6 +1,7 @@
 """Weights of every known kind of file into a classifier: exactly what fits, and nothing silently else."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +12,10 @@ from modeling_blocks import TUBELET
 from modeling_finetune import CLASSIFIERS, Size, VisionTransformer, create_classifier
 from modeling_pretrain import create_pretrain_model
 from probes import make_probe
-from runs.checkpoints import CheckpointError, Weights, recognise, save_checkpoint
-from weights.classifier import (
-    classifier_settings,
-    group_names,
-    load_classifier,
-    load_classifier_weights,
-    resize_positions,
-)
+from runs.checkpoints import CheckpointError, save_checkpoint
+from weights.classifier import classifier_settings, group_names, load_classifier, load_classifier_weights
+from weights.names import Weights, load_weights
+from weights.positions import resize_positions
 
 TINY = "vit_tiny_patch8_64"
 TINY_MAE_ST = "vit_tiny_mae_st_patch8_64"
@@ -27,6 +24,14 @@ SMALL = {"num_frames": 4, "input_size": 32}
 
 def quiet(text: str) -> None:
     pass
+
+
+def load_into(model, path, *, report=print, **place):
+    return load_classifier_weights(model, load_weights(path, **place), report)
+
+
+def rebuild(path, **changes):
+    return load_classifier(load_weights(path), **changes)
 
 
 def classifier(name=TINY, num_classes=5, **settings):
@@ -78,7 +83,7 @@ def test_golden_pretrained_into_classifier(name, tmp_path):
     weights |= {k: torch.zeros(1) for k in told["unused_from_ckpt"] if k not in weights}  # the decoder
     model = golden_classifier(name, weights, len(fresh["head.weight"]))
     model.load_state_dict(fresh, strict=False)
-    report = load_classifier_weights(model, save(tmp_path, {"model": weights}), report=quiet)
+    report = load_into(model, save(tmp_path, {"model": weights}), report=quiet)
     assert_equal_weights(model, result)
     assert sorted(report.fresh) == sorted(told["not_initialised"])
     assert sorted(report.ignored) == sorted(told["unused_from_ckpt"])
@@ -96,7 +101,7 @@ def test_golden_classifier_into_other_classes(name, form, tmp_path):
     model = golden_classifier(name, weights, len(fresh["head.weight"]))
     model.load_state_dict(fresh, strict=False)
     state = {f"backbone.{k}": v for k, v in weights.items()} if form == "backbone." else {"module": weights}
-    report = load_classifier_weights(model, save(tmp_path, state), report=quiet)
+    report = load_into(model, save(tmp_path, state), report=quiet)
     assert_equal_weights(model, {**weights, **fresh})
     assert sorted(report.fresh) == ["head.bias", "head.weight"]
     prefix = form if form == "backbone." else ""
@@ -119,7 +124,7 @@ def test_golden_table_of_positions(name, tmp_path):
         pos_embed="learnable",
     )
     path = save(tmp_path, {**weights, "pos_embed": old})
-    report = load_classifier_weights(model, path, report=quiet)
+    report = load_into(model, path, report=quiet)
     torch.testing.assert_close(model.pos_embed.data, new, rtol=0, atol=1e-6)
     assert report.fresh == [] and len(report.notes) == 1
 
@@ -133,7 +138,7 @@ def test_golden_mae_st_into_classifier(name, key, tmp_path):
     weights, head = under("state", pretrain), under("state", numbers)
     family = {"class_token": True, "separate_qkv": True, "encoder_norm": True, "pos_embed": "separable"}
     model = golden_classifier(name, weights, case["config"]["classes"], **family)
-    report = load_classifier_weights(model, save(tmp_path, {key: weights}), report=quiet)
+    report = load_into(model, save(tmp_path, {key: weights}), report=quiet)
     assert report.fresh == case["missing_keys"]
     assert sorted(report.ignored) == sorted(case["unexpected_keys"])
     model.load_state_dict(head, strict=False)
@@ -173,7 +178,7 @@ FORMS = ["model", "bare", "backbone", "parallel", "pyslowfast", "safetensors", "
 @pytest.mark.parametrize("form", FORMS)
 def test_a_classifier_from_every_form_of_file(name, form, tmp_path):
     source, model = classifier(name), classifier(name)
-    report = load_classifier_weights(model, as_file(form, source, tmp_path), report=quiet)
+    report = load_into(model, as_file(form, source, tmp_path), report=quiet)
     kind = torch.bfloat16 if form == "half" else torch.float32
     assert_equal_weights(model, {k: v.to(kind).float() for k, v in source.state_dict().items()})
     assert report.fresh == report.ignored == report.notes == []
@@ -185,7 +190,7 @@ def test_a_pretraining_encoder_of_ours(tmp_path, capsys, mask_type, kind):
     source = create_pretrain_model("pretrain_videomae_tiny_patch8_64", mask_type=mask_type, **SMALL)
     path, model = save(tmp_path, {"model": source.state_dict()}), classifier()
     head = model.head.weight.clone()
-    report = load_classifier_weights(model, path)
+    report = load_into(model, path)
     assert torch.equal(model.blocks[3].attn.qkv.weight, source.encoder.blocks[3].attn.qkv.weight)
     assert torch.equal(model.head.weight, head)
     printed = capsys.readouterr().out
@@ -198,7 +203,7 @@ def test_a_pretraining_encoder_of_ours(tmp_path, capsys, mask_type, kind):
 def test_the_moving_average_is_another_key(tmp_path):
     straight, average, model = classifier(), classifier(), classifier()
     state = {"model": straight.state_dict(), "model_ema": average.state_dict()}
-    load_classifier_weights(model, save(tmp_path, state), model_key="model_ema", report=quiet)
+    load_into(model, save(tmp_path, state), model_key="model_ema", report=quiet)
     assert_equal_weights(model, average.state_dict())
 
 
@@ -235,7 +240,7 @@ def test_huggingface_classifier(tmp_path, mean_pooling, published_names):
             k.replace("query.bias", "q_bias").replace("value.bias", "v_bias"): v for k, v in weights.items()
         }
     save_file(weights, tmp_path / "model.safetensors")
-    model = load_classifier(tmp_path, report=quiet, **SMALL)
+    model = rebuild(tmp_path, report=quiet, **SMALL)
     clip = torch.randn(2, 3, 4, 32, 32)
     torch.testing.assert_close(model(clip), theirs(clip.transpose(1, 2)).logits, rtol=1e-4, atol=1e-4)
 
@@ -260,7 +265,7 @@ def test_huggingface_classifier(tmp_path, mean_pooling, published_names):
         ),
         ({"name": TINY_MAE_ST}, {}, r"MAE-ST classifier .* does not fit the VideoMAE classifier"),
         ({}, {"name": TINY_MAE_ST}, r"VideoMAE classifier .* does not fit the MAE-ST classifier"),
-        ({"pos_embed": "learnable"}, {}, r": pos_embed has no place in the model$"),
+        ({"pos_embed": "learnable"}, {}, r": pos_embed is not in the model$"),
     ],
     ids=["width", "tubelet", "MAE-ST", "not MAE-ST", "table"],
 )
@@ -268,7 +273,7 @@ def test_another_architecture_is_one_clear_error(tmp_path, source, model, words)
     path, model = save(tmp_path, {"model": classifier(**source).state_dict()}), classifier(**model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=words) as caught:
-        load_classifier_weights(model, path, report=quiet)
+        load_into(model, path, report=quiet)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
     assert_equal_weights(model, before)
 
@@ -276,11 +281,11 @@ def test_another_architecture_is_one_clear_error(tmp_path, source, model, words)
 def test_a_learned_table_starts_fresh_where_positions_were_fixed(tmp_path):
     source, model = classifier(), classifier(pos_embed="learnable")
     start = model.pos_embed.detach().clone()
-    report = load_classifier_weights(model, save(tmp_path, {"model": source.state_dict()}), report=quiet)
+    report = load_into(model, save(tmp_path, {"model": source.state_dict()}), report=quiet)
     assert report.fresh == ["pos_embed"] and torch.equal(model.pos_embed, start)
     told = {"model": source.state_dict(), "model_settings": {"pos_embed": "learnable"}}  # but has lost it
     with pytest.raises(CheckpointError, match=r": pos_embed is not in the file$"):
-        load_classifier_weights(model, save(tmp_path, told), report=quiet)
+        load_into(model, save(tmp_path, told), report=quiet)
 
 
 @pytest.mark.parametrize("more", [True, False])
@@ -289,12 +294,12 @@ def test_another_depth_is_an_error(tmp_path, more):
     block = {k: v for k, v in weights.items() if k.startswith("blocks.3.")}
     if more:
         weights |= {k.replace("blocks.3.", "blocks.4."): v for k, v in block.items()}
-        words = r"5 blocks.*: blocks\.4\.\S* has no place in the model, and 12 more$"
+        words = r"5 blocks.*: blocks\.4\.\S* is not in the model, and 12 more$"
     else:
         weights = {k: v for k, v in weights.items() if k not in block}
         words = r"3 blocks.*: blocks\.3\.\S* is not in the file, and 12 more$"
     with pytest.raises(CheckpointError, match=words):
-        load_classifier_weights(classifier(), save(tmp_path, weights), report=quiet)
+        load_into(classifier(), save(tmp_path, weights), report=quiet)
 
 
 def test_one_weight_of_another_shape_is_named(tmp_path):
@@ -302,13 +307,13 @@ def test_one_weight_of_another_shape_is_named(tmp_path):
     with pytest.raises(
         CheckpointError, match=r": fc_norm\.bias is \(64,\) in the file and \(128,\) in the model$"
     ):
-        load_classifier_weights(classifier(), save(tmp_path, weights), report=quiet)
+        load_into(classifier(), save(tmp_path, weights), report=quiet)
 
 
 def test_a_head_of_other_classes_is_reported(tmp_path):
     model, path = classifier(num_classes=7), save(tmp_path, classifier(num_classes=5).state_dict())
     head, lines = model.head.weight.clone(), []
-    report = load_classifier_weights(model, path, report=lines.append)
+    report = load_into(model, path, report=lines.append)
     assert torch.equal(model.head.weight, head) and report.fresh == report.ignored == [
         "head.weight",
         "head.bias",
@@ -318,7 +323,7 @@ def test_a_head_of_other_classes_is_reported(tmp_path):
 
 def test_a_file_of_another_model_is_refused(tmp_path):
     path = save(tmp_path, {"model": {"conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}})
-    for load in (lambda: load_classifier_weights(classifier(), path), lambda: load_classifier(path)):
+    for load in (lambda: load_into(classifier(), path), lambda: rebuild(path)):
         with pytest.raises(
             CheckpointError, match=r"no checkpoint of a known video ViT \(it holds conv1\.weight, "
         ):
@@ -352,7 +357,7 @@ def test_time_is_resized_linearly():
 def test_mae_st_tables_follow_frames_and_pixels(tmp_path):
     source, model = classifier(TINY_MAE_ST), classifier(TINY_MAE_ST, num_frames=8, input_size=64)
     path = save(tmp_path, {"model": mae_st_pretrain_weights(source)})
-    report = load_classifier_weights(model, path, report=quiet)
+    report = load_into(model, path, report=quiet)
     spatial = resize_positions(source.pos_embed_spatial.data, (1, 4, 4), (1, 8, 8))
     temporal = resize_positions(source.pos_embed_temporal.data, (2, 1, 1), (4, 1, 1))
     assert torch.equal(model.pos_embed_spatial, spatial) and torch.equal(model.pos_embed_temporal, temporal)
@@ -371,7 +376,7 @@ def test_a_table_that_is_no_square_is_named_with_both_shapes(tmp_path):
     weights = {**classifier(TINY_MAE_ST).state_dict(), "pos_embed_spatial": torch.zeros(1, 32, 128)}
     words = r": pos_embed_spatial is \(1, 32, 128\) in the file and \(1, 16, 128\) in the model$"
     with pytest.raises(CheckpointError, match=words):
-        load_classifier_weights(classifier(TINY_MAE_ST), save(tmp_path, weights), report=quiet)
+        load_into(classifier(TINY_MAE_ST), save(tmp_path, weights), report=quiet)
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -379,7 +384,7 @@ def test_a_joint_table_keeps_the_row_of_the_class_token(tmp_path, told):
     joint = {"name": TINY_MAE_ST, "pos_embed": "learnable", "num_frames": 8}
     source, model = classifier(**joint), classifier(**{**joint, "input_size": 64})
     state = {"model": source.state_dict(), **({"args": argparse.Namespace(num_frames=8)} if told else {})}
-    load_classifier_weights(model, save(tmp_path, state), report=quiet)
+    load_into(model, save(tmp_path, state), report=quiet)
     assert torch.equal(model.pos_embed[:, :1], source.pos_embed[:, :1])
     assert torch.equal(model.pos_embed[:, 1:], resize_positions(source.pos_embed[:, 1:], (4, 4, 4), (4, 8, 8)))
 
@@ -389,13 +394,13 @@ def test_the_file_tells_the_window_of_a_joint_table(tmp_path):
     source = classifier(pos_embed="learnable", num_frames=8)
     model = classifier(pos_embed="learnable", num_frames=2, input_size=64)
     state = {"model": source.state_dict(), "args": argparse.Namespace(num_frames=8)}
-    report = load_classifier_weights(model, save(tmp_path, state), report=quiet)
+    report = load_into(model, save(tmp_path, state), report=quiet)
     assert report.notes == ["pos_embed resized from 4x4x4 to 1x8x8 tokens"]
 
 
 def test_a_joint_table_of_more_frames_only(tmp_path):
     source, model = classifier(pos_embed="learnable"), classifier(pos_embed="learnable", num_frames=6)
-    load_classifier_weights(model, save(tmp_path, source.state_dict()), report=quiet)
+    load_into(model, save(tmp_path, source.state_dict()), report=quiet)
     assert torch.equal(model.pos_embed, resize_positions(source.pos_embed, (2, 4, 4), (3, 4, 4)))
 
 
@@ -403,9 +408,9 @@ def test_other_fixed_positions_are_noted(tmp_path):
     settings = {"name": "pretrain_videomae_tiny_patch8_64", "pos_embed": "sinusoid_3d", **SMALL}
     source = create_pretrain_model(**settings)
     path = save(tmp_path, {"model": source.state_dict(), "model_settings": settings})
-    report = load_classifier_weights(classifier(), path, report=quiet)
+    report = load_into(classifier(), path, report=quiet)
     assert report.notes == ["positions: trained with sinusoid_3d, this model has sinusoid_1d"]
-    assert load_classifier(path, headless=True, report=quiet).pos_kind == "sinusoid_3d"
+    assert rebuild(path, headless=True, report=quiet).pos_kind == "sinusoid_3d"
 
 
 # --- rebuilding ---
@@ -429,11 +434,11 @@ def test_our_classifier_is_rebuilt(tmp_path, settings):
     told = {**SMALL, **settings, "num_classes": 5}
     path = save(tmp_path, {"model": source.state_dict(), "model_settings": told})
     clip = clip_for(source)
-    model = load_classifier(path, report=quiet)
+    model = rebuild(path, report=quiet)
     assert torch.equal(model(clip), source(clip)) and not model.training
-    features = load_classifier(path, headless=True, report=quiet)(clip)
+    features = rebuild(path, headless=True, report=quiet)(clip)
     assert torch.equal(features, source.forward_features(clip))
-    longer = load_classifier(path, num_frames=8, report=quiet)
+    longer = rebuild(path, num_frames=8, report=quiet)
     assert longer.window == (4, 4, 4) and torch.equal(longer.head.weight, source.head.weight)
 
 
@@ -443,8 +448,8 @@ def test_our_probe_is_rebuilt(tmp_path, kind):
     told = {"name": TINY, "num_classes": 5, **SMALL, "probe": {"kind": kind, "batch_norm": True}}
     path = save(tmp_path, {"model": probe.state_dict(), "model_settings": told})
     clip = clip_for(probe)
-    assert torch.equal(load_classifier(path, report=quiet)(clip), probe(clip))
-    features = load_classifier(path, headless=True, report=quiet)(clip)
+    assert torch.equal(rebuild(path, report=quiet)(clip), probe(clip))
+    features = rebuild(path, headless=True, report=quiet)(clip)
     assert torch.equal(features, probe.forward_features(clip))
 
 
@@ -463,7 +468,7 @@ def test_a_published_classifier_tells_its_model(tmp_path, settings):
     """No settings of ours in the file, but its shapes and the flags of its run."""
     source = classifier(**settings)
     flags = argparse.Namespace(num_frames=4, num_segments=1, input_size=32, model="of another code")
-    model = load_classifier(save(tmp_path, {"model": source.state_dict(), "args": flags}), report=quiet)
+    model = rebuild(save(tmp_path, {"model": source.state_dict(), "args": flags}), report=quiet)
     assert_equal_weights(model, source.state_dict())
     clip = torch.randn(2, 3, 4, 32, 32)
     assert torch.equal(model(clip), source(clip))
@@ -473,15 +478,15 @@ def test_a_published_classifier_tells_its_model(tmp_path, settings):
 def test_every_size_is_told_from_its_shapes(name):
     with torch.device("meta"):
         state = create_classifier(name, num_classes=7).state_dict()
-        found = Weights(tensors=state, kind=recognise(state), settings={}, flags={}, ignored=[])
-        again = create_classifier(**classifier_settings(found, "a.pth")).state_dict()
+        found = Weights(path=Path("a.pth"), tensors=state, settings={}, flags={}, ignored=[])
+        again = create_classifier(**classifier_settings(found)).state_dict()
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in again.items()}
 
 
 def test_without_flags_it_is_16_frames_and_the_pixels_of_the_name(tmp_path):
-    model = load_classifier(save(tmp_path, classifier().state_dict()), report=quiet)
+    model = rebuild(save(tmp_path, classifier().state_dict()), report=quiet)
     assert model.window == (8, 8, 8)
-    model = load_classifier(save(tmp_path, classifier(TINY_MAE_ST).state_dict()), report=quiet)
+    model = rebuild(save(tmp_path, classifier(TINY_MAE_ST).state_dict()), report=quiet)
     assert model.window == (2, 4, 4)  # its tables tell
 
 
@@ -497,11 +502,11 @@ def test_a_pretraining_checkpoint_has_features_but_no_classes(tmp_path, name):
     with pytest.raises(
         CheckpointError, match=r"pre-training checkpoint, which has no classifier: fine-tune it first"
     ):
-        load_classifier(path, report=quiet)
-    model = load_classifier(path, headless=True, report=quiet)
+        rebuild(path, report=quiet)
+    model = rebuild(path, headless=True, report=quiet)
     assert model(clip_for(model)).shape == (2, 128)
     assert torch.equal(model.patch_embed.proj.weight, encoder.patch_embed.proj.weight)
-    assert load_classifier(path, num_classes=9, report=quiet).head.weight.shape == (9, 128)
+    assert rebuild(path, num_classes=9, report=quiet).head.weight.shape == (9, 128)
 
 
 def test_a_width_that_no_model_has_is_refused(tmp_path):
@@ -509,4 +514,4 @@ def test_a_width_that_no_model_has_is_refused(tmp_path):
     odd = VisionTransformer(size=size, patch=8, window=(2, 2, 2), num_classes=3)
     path = save(tmp_path, odd.state_dict())
     with pytest.raises(CheckpointError, match=r"no known classifier is .* of width 48, 2 blocks, patch 8"):
-        load_classifier(path, report=quiet)
+        rebuild(path, report=quiet)

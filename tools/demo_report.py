@@ -31,9 +31,11 @@ from clips.frame_indices import pretrain_indices
 from clips.lists import read_list
 from clips.video import open_video
 from masking_generator import MaskingGenerator
-from runs.checkpoints import epoch_checkpoints, load_pretrain_model, load_weights
+from runs.checkpoints import epoch_checkpoints
 from targets import Target, trained_target
 from utils import whole_file
+from weights.names import load_weights
+from weights.pretraining import load_pretrain_model
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -199,7 +201,7 @@ def main() -> None:
     for name, folder in (entry.split("=", 1) for entry in args.models):
         checkpoint = epoch_checkpoints(folder)[0]
         found = load_weights(checkpoint)
-        model, flags = load_pretrain_model(checkpoint, found), found.flags
+        model, flags = load_pretrain_model(found), found.flags
         target = trained_target(found.settings, flags, patch=model.patch)
         size = model.window[1] * model.patch
         clips, shares = load_clips(args.data, flags["num_frames"], flags["sampling_rate"], size, model.window)

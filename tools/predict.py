@@ -3,11 +3,11 @@
     python tools/predict.py --model output/checkpoint-best.pth video.mp4 --labels labels.txt
     python tools/predict.py --model output/checkpoint-best.pth folder --json predictions.json
 
-Takes classifiers and probes of this repository and of the published AdaMAE, VideoMAE and MAE-ST code. Of each
-video --segments x --crops views are shown to the model, as in the test that it was made for, and their softmax
-scores averaged. Folders are searched for videos, with their subfolders.
+Works with classifiers and probes of this repository and of the published AdaMAE, VideoMAE and MAE-ST code. The
+softmax scores of --segments x --crops views of each video are averaged; by default these are the views of the
+model's test. Folders are searched for videos, with their subfolders.
 
-A video that can't be read is reported and the others go on; the exit status is then 1.
+Unreadable videos are reported and skipped; the exit status is then 1.
 """
 
 import argparse
@@ -27,19 +27,19 @@ from clips.lists import NO_LABEL, VideoList, read_labels
 from datasets import ClipSettings, EvalDataset
 from evaluation import fuse_views
 from loaders import LoadSettings, build_evaluation_loader
-from runs.checkpoints import CheckpointError
-from tools.inference.trained import Trained, check_flags, find_videos, inference_parser, load_trained
+from tools.inference.trained import Trained, check_flags, find_videos, inference_parser, load_trained, run_tool
+from utils import whole_file
 
 
 # fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
     parser = inference_parser("predict.py", __doc__)
     add = parser.add_argument_group("prediction").add_argument
-    add("--segments", type=int, help="temporal views of a video (default: as in the model's test)")
-    add("--crops", type=int, help="spatial views (default: as in the model's test)")
-    add("--labels", metavar="FILE", help="names of the classes, one a line, from class 0 on")
-    add("--topk", type=int, default=5, help="classes to tell of each video (default: %(default)s)")
-    add("--json", metavar="FILE", help="write JSON to this file; -: to standard output instead of the table")
+    add("--segments", type=int, help="temporal views of a video (default: those of the model's test)")
+    add("--crops", type=int, help="spatial views (default: those of the model's test)")
+    add("--labels", metavar="FILE", help="file of class names, one per line, from class 0")
+    add("--topk", type=int, default=5, help="classes per video (default: %(default)s)")
+    add("--json", metavar="FILE", help="JSON output file; -: standard output, instead of the table")
     return parser
 # fmt: on
 
@@ -47,7 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def build_loader(
     trained: Trained, paths: Sequence[str], *, batch_size: int, decoder: str, num_workers: int
 ) -> DataLoader:
-    """Batches of `batch_size` clips, at least one video with all of its views."""
+    """Returns a loader of all views of each video, in batches of `batch_size` clips or one video."""
     clips, n = trained.clips, len(paths)
     videos = VideoList(
         list_path="", root="", paths=list(paths), labels=[NO_LABEL] * n, lines=list(range(1, n + 1))
@@ -70,10 +70,7 @@ def build_loader(
 def score_videos(
     trained: Trained, loader: DataLoader, *, clips_at_once: int
 ) -> Iterator[tuple[int, Tensor | None, str]]:
-    """For each video its number and its mean softmax scores (K,), or None and why it can't be read.
-
-    The readable ones come in the order of the list.
-    """
+    """Yields the number of each video, its mean softmax scores (K,) or None, and why it can't be read or ""."""
     for batch in loader:
         for index, _, reason in batch["bad"]:
             yield index, None, reason
@@ -82,13 +79,13 @@ def score_videos(
         views = batch["clips"].flatten(0, 1)  # (n*V,3,T,S,S)
         logits = torch.cat([trained.run(trained.model, part) for part in views.split(clips_at_once)])
         logits = logits.unflatten(0, (len(batch["index"]), -1))  # (n,V,K)
-        scores, _ = fuse_views(logits, batch["label"], "softmax")
+        scores, _ = fuse_views(logits, batch["label"], "softmax")  # (n,K)
         for index, row in zip(batch["index"].tolist(), scores, strict=True):
             yield index, row, ""
 
 
 def best_classes(scores: Tensor, topk: int, names: Sequence[str] | None) -> list[dict]:
-    """The classes of the highest scores (K,), best first: class, label (None without names), score."""
+    """Returns class, label (None without names) and score of the highest of the scores (K,), best first."""
     top = scores.topk(min(topk, len(scores)))
     return [
         {"class": k, "label": names[k] if names else None, "score": round(score, 6)}
@@ -97,13 +94,13 @@ def best_classes(scores: Tensor, topk: int, names: Sequence[str] | None) -> list
 
 
 def as_table(video: str, top: Sequence[dict]) -> str:
-    """A video and its best classes as lines of text."""
+    """Formats a video and its best classes as lines of text."""
     lines = [f"{100 * c['score']:7.2f} %  {c['label'] or 'class ' + str(c['class'])}" for c in top]
     return "\n".join([video, *lines])
 
 
 def predict(args: argparse.Namespace) -> int:
-    """Predicts every video; returns how many could not be read."""
+    """Predicts every video; returns the number of unreadable ones."""
     check_flags(args, "segments", "crops", "topk")
     paths = list(find_videos(args.videos))
     trained = load_trained(args, lambda text: print(text, file=sys.stderr), headless=False)
@@ -139,17 +136,13 @@ def write_json(path: str, found: dict) -> None:
         sys.stdout.write(text)
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text, encoding="utf-8")
+    with whole_file(path, "w") as file:
+        file.write(text)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
-    try:
-        failed = predict(args)
-    except (CheckpointError, ValueError, OSError) as error:
-        raise SystemExit(f"predict.py: error: {error}") from error
-    if failed:
-        raise SystemExit(f"predict.py: error: {failed} of the videos could not be read, see above")
+    run_tool("predict.py", lambda: predict(args))
 
 
 if __name__ == "__main__":

@@ -46,9 +46,10 @@ from modeling_pretrain import PretrainVisionTransformer
 from pictures import panels
 from pictures.drawing import animation, filmstrip
 from pictures.reconstruction import SHOW_VISIBLE, PictureSettings, reconstruct
-from runs.checkpoints import load_pretrain_model, load_weights
 from targets import trained_target
 from utils import SettingError, UserError, choose_device, whole_file
+from weights.names import load_weights
+from weights.pretraining import load_pretrain_model
 
 
 # fmt: off
@@ -208,7 +209,7 @@ def load_model(args: argparse.Namespace) -> tuple[PretrainVisionTransformer, Pic
     """
     device, found = choose_device(args.device), load_weights(args.model)
     changes = {} if args.mask_ratio is None else {"mask_ratio": args.mask_ratio}
-    model = load_pretrain_model(args.model, found, **changes).to(device)
+    model = load_pretrain_model(found, **changes).to(device)
     if args.compare_masks is not None:
         for rule in panels.COMPARED:
             visible_count(rule, args.compare_masks, model.window)

@@ -1,44 +1,48 @@
-"""The weights that are tested: which file they come from, whether they fit, whether all ranks have the same."""
+"""What --eval tests: which file, whether it fits the flags, whether all processes have the same weights."""
 
-import argparse
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import nn
 
-from modeling_finetune import CLASSIFIERS
-from runs.checkpoints import CheckpointError, Weights, epoch_checkpoints, load_weights, plain_name
+from modeling_finetune import CLASSIFIERS, VisionTransformer
+from probes import Probe
+from runs.checkpoints import BEST, CheckpointError, epoch_checkpoints
 from utils import World
 from weights.classifier import fit_weights
+from weights.names import Weights, load_weights, plain_name
 
-BEST = "checkpoint-best.pth"
 
+def find_tested(*, finetune: str, resume: str, output_dir: str, **place: str) -> Weights:
+    """Reads the weights to test: of the first file with a head among those that the flags name.
 
-def find_tested(args: argparse.Namespace) -> tuple[Path, Weights]:
-    """The file that --eval tests, and its weights.
+    These are `finetune`, then `resume`, or without it the best checkpoint in `output_dir`, or the newest.
 
-    It is --finetune if that has a head, else --resume, or the best or newest in --output_dir. Raises
-    CheckpointError where there is none, or one without a head.
+    Args:
+        finetune, resume, output_dir: paths; "" where they are not given.
+        place: `model_key` and `prefix` of `load_weights`, for the first of these files only.
+
+    Raises:
+        CheckpointError: there is no such file, or none with a head.
     """
-    folder = Path(args.output_dir)
-    trained = [Path(args.resume)] if args.resume else []
-    if args.output_dir:
-        trained += [folder / BEST] * (folder / BEST).is_file() + epoch_checkpoints(folder)
-    paths = [*([Path(args.finetune)] if args.finetune else []), *trained[:1]]
+    paths = [finetune] if finetune else []
+    if resume:
+        paths.append(resume)
+    elif output_dir:
+        best = Path(output_dir) / BEST
+        paths += [best] if best.is_file() else epoch_checkpoints(output_dir)[:1]
     if not paths:
         raise CheckpointError("--eval has nothing to test: set --finetune to a fine-tuned checkpoint")
     for path in paths:
-        from_flag = path == paths[0]  # --model_key and --model_prefix are about this file
-        place = {"model_key": args.model_key, "prefix": args.model_prefix} if from_flag else {}
-        found = load_weights(path, **place)
+        found = load_weights(path, **(place if path == paths[0] else {}))
         if "head.weight" in found.tensors:
-            return path, found
+            return found
     raise CheckpointError(f"{path} has no head: --eval needs a fine-tuned checkpoint")
 
 
-SHAPED_BY = {
+# Settings that the shapes of the weights do not show, and their flags.
+SET_BY = {
     "num_frames": "--num_frames and --num_segments",
     "input_size": "--input_size",
     "tubelet": "--tubelet_size",
@@ -49,66 +53,74 @@ SHAPED_BY = {
 }
 
 
-def check_tested(path: Path, found: Weights, model_settings: dict) -> None:
-    """Compares the settings that weights do not show with those that a checkpoint of ours was trained with.
+def check_tested(found: Weights, model_settings: dict) -> None:
+    """Checks that a checkpoint of ours was trained with the settings of this test, where weights do not show them.
 
     Raises:
-        CheckpointError: names the setting, both values, and its flags.
+        CheckpointError: it was not; names the setting, both values and the flags.
     """
-    theirs = found.settings
-    if theirs.get("name") not in CLASSIFIERS:
+    if found.settings.get("name") not in CLASSIFIERS:
         return  # not one of ours
-    for name in SHAPED_BY:
-        old, new = (_told(settings, name) for settings in (theirs, model_settings))
-        if (name in theirs or name == "probe") and old != new:
+    for name in SET_BY:
+        old, new = (_described(settings, name) for settings in (found.settings, model_settings))
+        if (name in found.settings or name == "probe") and old != new:
             raise CheckpointError(
-                f"{path} was trained with {name} = {old}, this test has {name} = {new}: change {SHAPED_BY[name]}"
+                f"{found.path} was trained with {name} = {old}, this test has {name} = {new}: "
+                f"change {SET_BY[name]}"
             )
 
 
-def _told(settings: dict, name: str) -> object:
+def _described(settings: dict, name: str) -> object:
     value = settings.get(name)
     if name == "probe" and value:
         return value["kind"] + " with batch norm" * value.get("batch_norm", False)
     if name == "pos_embed" and not value:
-        return CLASSIFIERS[settings["name"]].get("pos_embed", "sinusoid_1d")
+        return CLASSIFIERS[settings["name"]].settings.get("pos_embed", "sinusoid_1d")
     return value
 
 
-def load_tested(args: argparse.Namespace, model: nn.Module, report: Callable[[str], None]) -> str:
-    """Loads the file that --eval tests, all of it, into a classifier or probe; returns its name.
+def load_tested(found: Weights, model: VisionTransformer | Probe, report: Callable[[str], None] = print) -> None:
+    """Loads the weights to test, all of them, into a classifier or probe.
+
+    Args:
+        report: called with the `LoadReport` as text.
 
     Raises:
-        CheckpointError: as `find_tested` and `fit_weights`, or the file lacks a weight of the model, or has a
-            norm, a pooling or a head that the model has not.
+        CheckpointError: as `fit_weights`; or the file lacks a weight of the model, or has a norm, pooling or
+            head that the model lacks.
     """
-    path, found = find_tested(args)
     heads = [tuple(tensor.shape) for tensor in (found.tensors["head.weight"], model.head.weight)]
     if heads[0] != heads[1]:
-        raise CheckpointError(f"{path}: head.weight is {heads[0]} in the file and {heads[1]} in the model")
-    tensors, became = fit_weights(found, model.state_dict(), window=model.window, path=path)
+        raise CheckpointError(f"{found.path}: head.weight is {heads[0]} in the file and {heads[1]} in the model")
+    tensors, became = fit_weights(found, model.state_dict(), window=model.window)
     if became.fresh:
-        raise CheckpointError(f"{path} can't be tested: {became.fresh[0]} of the model is not in the file")
+        raise CheckpointError(f"{found.path} can't be tested: {became.fresh[0]} of the model is not in the file")
     for name in became.ignored:
         if plain_name(name).startswith(("norm.", "fc_norm.", "pool.")):
             raise CheckpointError(
-                f"{path} can't be tested: {name} has no place in the model; --use_cls and the flags of probes "
+                f"{found.path} can't be tested: {name} is not in the model; --use_cls and the flags of probes "
                 "must be those of its training"
             )
     model.load_state_dict(tensors)
     report(str(became))
-    return str(path)
 
 
-def check_same_on_all_ranks(tested: str, model: nn.Module, world: World) -> None:
-    """Raises CheckpointError where the ranks would merge the scores of different weights."""
+def check_same_on_all_ranks(tested: str, model: VisionTransformer | Probe, world: World) -> None:
+    """Checks that all processes test the same weights.
+
+    Args:
+        tested: name of the weights, for the message.
+
+    Raises:
+        CheckpointError: the head's weights differ between ranks.
+    """
     if world.size == 1:
         return
     head = model.head.weight.detach().float().cpu().numpy()
-    told = [None] * world.size
-    dist.all_gather_object(told, (tested, hashlib.sha256(head.tobytes()).hexdigest()))
-    if len({digest for _, digest in told}) > 1:
-        names = ", ".join(f"rank {rank}: {name}" for rank, (name, _) in enumerate(told))
+    ranks = [None] * world.size
+    dist.all_gather_object(ranks, (tested, hashlib.sha256(head.tobytes()).hexdigest()))
+    if len({digest for _, digest in ranks}) > 1:
+        names = ", ".join(f"rank {rank}: {name}" for rank, (name, _) in enumerate(ranks))
         raise CheckpointError(
             f"the processes would test different weights ({names}): --output_dir and the checkpoints must be in "
             "folders that all machines see"

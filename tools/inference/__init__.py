@@ -1,1 +1,1 @@
-"""A trained model on one's own videos: for predict, extract_features and visualize."""
+"""What predict.py and extract_features.py share: a trained model, its clips, and files of features."""

@@ -1,6 +1,6 @@
-"""A trained model and videos of one's own: what it takes, which files, and the pass over their clips.
+"""A trained model and the videos to show it: flags, loading, clip settings and file names.
 
-For the programs in tools/ that predict and extract features.
+For predict.py and extract_features.py.
 """
 
 import argparse
@@ -17,37 +17,38 @@ from clips.decoders import resolve_decoder
 from clips.lists import ENDS_AS_VIDEO, SUFFIXES
 from clips.transforms import EvenCrops
 from datasets import DATA_SETS, FRAME_RULES
-from modeling_finetune import VisionTransformer
+from modeling_finetune import CLASSIFIERS, VisionTransformer, colour_statistics
 from optim import resolve_amp
 from probes import Probe
-from runs.checkpoints import Weights, load_weights
-from weights.classifier import load_classifier
+from utils import SettingError, UserError, choose_device
+from weights.classifier import classifier_settings, load_classifier
+from weights.names import Weights, load_weights
 
 
 # fmt: off
 def inference_parser(program: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that say which model sees which videos, and how."""
+    """Returns a parser with the flags for the model, the videos and their clips."""
     parser = argparse.ArgumentParser(program, description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", nargs="+", metavar="VIDEO", help="video files, and folders to search for them")
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", required=True, metavar="CKPT", help="checkpoint: a file, or a folder of DeepSpeed")
+    add("--model", required=True, metavar="CKPT", help="checkpoint: a file, or a DeepSpeed folder")
     add("--model_key", default="model|module",
-        help="where the weights are in it, e.g. model_ema (default: %(default)s)")
-    add("--model_prefix", default="", help="prefix of the weights to take")
+        help="key of the weights in it, e.g. model_ema (default: %(default)s)")
+    add("--model_prefix", default="", help="prefix of the weights to load")
     add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
     add("--amp", default="off", choices=["auto", "bf16", "fp16", "off"],
         help="mixed precision (default: off, so that numbers do not depend on the device)")
-    add("--batch_size", type=int, default=16, help="clips in one forward pass (default: %(default)s)")
+    add("--batch_size", type=int, default=16, help="clips per forward pass (default: %(default)s)")
 
     add = parser.add_argument_group("clips (default: as the model was trained)").add_argument
-    add("--num_frames", type=int, help="frames of a clip")
+    add("--num_frames", type=int, help="frames per clip")
     add("--input_size", type=int, help="side of a clip in pixels")
     add("--short_side_size", type=int, help="short side of the resized video in pixels")
     add("--sampling", choices=list(FRAME_RULES), help="frame rule")
-    add("--sampling_rate", type=int, help="frames of the video from one frame of a clip to the next")
-    add("--statistics", choices=list(COLOUR_STATISTICS), help="mean and deviation of the colours")
+    add("--sampling_rate", type=int, help="frames of the video per frame of the clip")
+    add("--statistics", choices=list(COLOUR_STATISTICS), help="mean and standard deviation of the colours")
     add("--decoder", choices=["auto", "torchcodec", "decord", "pyav"], default="auto", help="video decoder")
     add("--num_workers", type=int, default=2, help="decoding processes (default: %(default)s)")
     return parser
@@ -55,38 +56,49 @@ def inference_parser(program: str, description: str) -> argparse.ArgumentParser:
 
 
 def check_flags(args: argparse.Namespace, *more_counts: str) -> None:
-    """What can be told wrong before anything is read; `more_counts` are at least 1 too, where they are given.
+    """Validates the flags of `inference_parser` that can be checked before anything is read.
+
+    Args:
+        more_counts: names of further flags that must be at least 1 where they are given.
 
     Raises:
-        ValueError: names the flag and says what to change.
+        SettingError: names the flag and says what to change.
     """
     counts = ("batch_size", "num_frames", "input_size", "short_side_size", "sampling_rate", *more_counts)
-    for name in counts:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1")
-    if args.num_workers < 0:
-        raise ValueError(f"--num_workers {args.num_workers} must be at least 0")
+    for name, least in {**dict.fromkeys(counts, 1), "num_workers": 0}.items():
+        if (value := getattr(args, name)) is not None and value < least:
+            raise SettingError(f"--{name} {value} must be at least {least}")
     resolve_decoder(args.decoder)
 
 
-def find_device(name: str) -> torch.device:
-    """The device of a name, "auto" being CUDA where there is one. Raises ValueError for one not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def run_tool(program: str, work: Callable[[], int]) -> None:
+    """Runs `work`, which returns the number of unreadable videos; ends with status 1 where there are any.
+
+    Raises:
+        SystemExit: in one line, for unreadable videos and for what the user can correct.
+    """
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # an unknown name; CUDA that isn't there
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} can't be used ({reason}); use --device auto or cpu") from error
+        failed = work()
+    except (UserError, OSError) as error:
+        raise SystemExit(f"{program}: error: {error}") from error
+    if failed:
+        raise SystemExit(f"{program}: error: {failed} of the videos could not be read, see above")
 
 
 # --- the model ----------------------------------------------------------------------------------------------
 
 
 class ClipSettings(NamedTuple):
-    """The clips that a model takes: T frames by a rule, squares of S pixels, and the views of its test.
+    """The clips of a model.
 
-    sampling: a key of FRAME_RULES. statistics: a key of COLOUR_STATISTICS. short_side: see `EvenCrops`.
+    Args:
+        num_frames: T.
+        sampling: rule for the frames, a key of `FRAME_RULES`.
+        sampling_rate: frames of the video per frame of the clip.
+        input_size: side of the square clip in pixels.
+        short_side: of the resized video in pixels, see `EvenCrops`.
+        statistics: a key of `COLOUR_STATISTICS`.
+        segments, crops: temporal and spatial views of its test.
     """
 
     num_frames: int
@@ -99,7 +111,7 @@ class ClipSettings(NamedTuple):
     crops: int
 
     def make_crops(self, num_crops: int) -> EvenCrops:
-        """The spatial views of a test, as `build_finetuning_loaders` makes them."""
+        """Returns the spatial views of a test, as `build_finetuning_loaders` makes them."""
         return EvenCrops(
             short_side=self.short_side,
             size=self.input_size,
@@ -109,7 +121,7 @@ class ClipSettings(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A model in evaluation mode on its device, the clips it takes, and its mixed precision."""
+    """A model in evaluation mode on its device, its clips, and the type of its mixed precision."""
 
     model: nn.Module
     clips: ClipSettings
@@ -118,64 +130,62 @@ class Trained(NamedTuple):
 
     @torch.inference_mode()
     def run(self, function: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
-        """`function` of the normalised pixels of clips uint8 (B,3,T,S,S): float32 on the host."""
+        """Applies `function` to normalised clips: uint8 (B,3,T,S,S) -> its result as float32 on the host."""
         pixels = to_pixels(clips.to(self.device))
-        pixels = normalize(pixels, *COLOUR_STATISTICS[self.clips.statistics])
+        pixels = normalize(pixels, *COLOUR_STATISTICS[self.clips.statistics])  # (B,3,T,S,S)
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
             return function(pixels).float().cpu()
 
 
 def encoder_of(model: nn.Module) -> VisionTransformer:
-    """The ViT of a classifier or of a probe."""
+    """Returns the ViT of a classifier or probe."""
     return model.encoder if isinstance(model, Probe) else model
 
 
 def load_trained(args: argparse.Namespace, report: Callable[[str], None], *, headless: bool) -> Trained:
-    """The model of the flags of `inference_parser`, and how it was trained.
+    """Loads the model that the flags of `inference_parser` name.
 
-    headless: as in `load_classifier`. `segments` and `crops` are taken from the flags where these have them.
+    Args:
+        report: called with the `LoadReport` as text.
+        headless: as in `load_classifier`.
 
     Raises:
-        ValueError: the device or a size does not work. CheckpointError: as `load_classifier`.
+        SettingError: the device or a size does not work.
+        CheckpointError: as `load_weights` and `load_classifier`.
     """
-    device = find_device(args.device)
-    amp = resolve_amp(args.amp, device)
-    place = {"model_key": args.model_key, "prefix": args.model_prefix}
+    device = choose_device(args.device)
+    found = load_weights(args.model, model_key=args.model_key, prefix=args.model_prefix)
     changes = {"num_frames": args.num_frames, "input_size": args.input_size}
     changes = {name: value for name, value in changes.items() if value is not None}
-    model = load_classifier(args.model, headless=headless, report=report, **place, **changes)
-    clips = trained_clips(load_weights(args.model, **place), encoder_of(model), vars(args))
+    model = load_classifier(found, headless=headless, report=report, **changes)
+    clips = trained_clips(found, encoder_of(model), vars(args))
     clips.make_crops(1)  # refuses sizes that do not go together
-    return Trained(model.to(device), clips, device, amp)
+    return Trained(model.to(device), clips, device, resolve_amp(args.amp, device))
 
 
 def trained_clips(found: Weights, encoder: VisionTransformer, given: dict) -> ClipSettings:
-    """The clips that a model was trained on, by the flags in its checkpoint, where `given` has nothing else.
+    """Returns the clips that a model was trained on: as its checkpoint says, else as its paper does.
 
-    Without flags they are dense ones at rate 4 in ImageNet's colours, or MAE-ST's for its models.
+    Args:
+        given: flags that take precedence, by name; None where they are not given.
     """
-
-    def told(name: str, default):
-        values = (given.get(name), found.flags.get(name))
-        return next((value for value in values if value is not None), default)
-
-    is_mae_st = found.kind.startswith("MAE-ST")
-    data_set = DATA_SETS.get(found.flags.get("data_set"), DATA_SETS["custom"])
-    rule = "mae_st" if is_mae_st and "data_set" not in found.flags else data_set.sampling
-    statistics = "imagenet" if found.flags.get("imagenet_default_mean_and_std", True) else "half"
+    flags, name = found.flags, classifier_settings(found)["name"]
+    data_set = DATA_SETS.get(flags.get("data_set"), DATA_SETS["custom"])
+    rule = data_set.sampling if "data_set" in flags else CLASSIFIERS[name].sampling
     size = encoder.window[1] * encoder.patch
     short_side = given.get("short_side_size")
-    if short_side is None and found.flags.get("input_size") in (None, size):  # it was chosen for this size
-        short_side = found.flags.get("short_side_size")
+    if short_side is None and flags.get("input_size") in (None, size):  # it was chosen for this size
+        short_side = flags.get("short_side_size")
     return ClipSettings(
         num_frames=encoder.window[0] * encoder.patch_embed.proj.kernel_size[0],
-        sampling=told("sampling", rule),
-        sampling_rate=told("sampling_rate", 4),
+        sampling=given.get("sampling") or flags.get("sampling") or rule,
+        sampling_rate=given.get("sampling_rate") or flags.get("sampling_rate") or 4,
         input_size=size,
         short_side=short_side or size,
-        statistics=given.get("statistics") or ("mae_st" if is_mae_st else statistics),
-        segments=given.get("segments") or found.flags.get("test_num_segment") or data_set.test_segments,
-        crops=given.get("crops") or found.flags.get("test_num_crop") or data_set.test_crops,
+        statistics=given.get("statistics")
+        or colour_statistics(name, imagenet=flags.get("imagenet_default_mean_and_std", True)),
+        segments=given.get("segments") or flags.get("test_num_segment") or data_set.test_segments,
+        crops=given.get("crops") or flags.get("test_num_crop") or data_set.test_crops,
     )
 
 
@@ -183,14 +193,14 @@ def trained_clips(found: Weights, encoder: VisionTransformer, given: dict) -> Cl
 
 
 def find_videos(arguments: Sequence[str]) -> dict[str, Path]:
-    """The videos that were named or lie in a named folder or below it, each once, sorted in each folder.
+    """Finds the videos that were named or lie in or below a named folder, each once, sorted in each folder.
 
     Returns:
-        Their paths, and as values the paths below the folder that all arguments share: `a.mp4` and `b/c.mp4`
-        for the argument `folder`, `1.mp4` for `folder/1.mp4` alone.
+        Their paths, each with its path below the folder that all arguments share: `a.mp4` and `b/c.mp4` for
+        the argument `folder`, `1.mp4` for `folder/1.mp4` alone.
 
     Raises:
-        ValueError: a folder holds no video.
+        SettingError: a folder holds no video.
     """
     whole = [Path(os.path.abspath(argument)) for argument in arguments]
     shared = os.path.commonpath([path if path.is_dir() else path.parent for path in whole])
@@ -200,7 +210,7 @@ def find_videos(arguments: Sequence[str]) -> dict[str, Path]:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("[!.]*") if ENDS_AS_VIDEO.search(p.name) and p.is_file())
         if not inside:
-            raise ValueError(f"{argument}: no videos in this folder ({SUFFIXES.replace('|', ', ')})")
+            raise SettingError(f"{argument}: no videos in this folder ({SUFFIXES.replace('|', ', ')})")
         for video in inside:
             as_given = os.path.join(argument, video.relative_to(path)) if video != path else argument
             videos.setdefault(video, as_given)

@@ -1,0 +1,188 @@
+"""The weights in a checkpoint of ours or of others, under the names that the published code gives them.
+
+Read are files of this repository, of the published AdaMAE, VideoMAE and MAE-ST code, of PySlowFast, DeepSpeed
+and Hugging Face.
+"""
+
+import argparse
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runs.checkpoints import CheckpointError, read_checkpoint
+
+# Hugging Face's names in a VideoMAE, in the order in which they are replaced, and the published ones.
+HUGGING_FACE_NAMES = {
+    r"^(videomae\.)?embeddings\.patch_embeddings\.projection\.": "encoder.patch_embed.proj.",
+    r"^(videomae\.)?encoder\.layer\.": "encoder.blocks.",
+    r"^decoder\.decoder_layers\.": "decoder.blocks.",
+    r"^(videomae\.)?layernorm\.": "encoder.norm.",
+    r"^classifier\.": "head.",
+    r"\.layernorm_before\.": ".norm1.",
+    r"\.layernorm_after\.": ".norm2.",
+    r"\.intermediate\.dense\.": ".mlp.fc1.",
+    r"\.attention\.output\.dense\.": ".attn.proj.",
+    r"\.output\.dense\.": ".mlp.fc2.",
+    r"\.attention\.attention\.(q|v)(uery|alue)?[._]bias$": r".attn.\1_bias",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The weights read from a checkpoint, and what the file says about the model and the run.
+
+    Args:
+        path: the file or folder, as it was given to `load_weights`.
+        tensors: state dict with the published names.
+        settings: keyword arguments that rebuild the model (our own files only).
+        flags: command line of the run, where the file has it.
+        ignored: names in the file without the prefix asked for.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    settings: dict
+    flags: dict
+    ignored: list[str]
+
+    @cached_property
+    def kind(self) -> str:
+        """What `recognise` says of the tensors, e.g. "AdaMAE pre-training"."""
+        return recognise(self.tensors)
+
+    @cached_property
+    def plain(self) -> dict[str, Tensor]:
+        """The tensors under their `plain_name`."""
+        return {plain_name(name): value for name, value in self.tensors.items()}
+
+    @property
+    def num_frames(self) -> int | None:
+        """Frames per clip in training; None where the file does not say."""
+        if "num_frames" in self.settings or "num_frames" not in self.flags:
+            return self.settings.get("num_frames")
+        return self.flags["num_frames"] * self.flags.get("num_segments", 1)
+
+
+def load_weights(path: str | Path, *, model_key: str = "model|module", prefix: str = "") -> Weights:
+    """Reads the weights of a checkpoint.
+
+    Args:
+        path: a file, or a folder written by DeepSpeed or Hugging Face (`weights_file`).
+        model_key: keys separated by "|"; the weights are under the first one that the file has. Without any
+            of them they are under PySlowFast's "model_state", or the file itself is the state dict.
+        prefix: take only names that start with it, and remove it.
+
+    Raises:
+        CheckpointError: the file is unreadable, or has no weights under these keys or with this prefix.
+    """
+    file = weights_file(path)
+    state = read_checkpoint(file)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file}: holds one {type(state).__name__}, not a dict of weights")
+    found = _state_dict(file, state, [*model_key.split("|"), "model_state"])
+    start = f"{prefix.rstrip('.')}." if prefix else ""
+    taken = {k.removeprefix(start): v for k, v in found.items() if k.startswith(start)}
+    if not taken:
+        raise CheckpointError(f"{file}: no name starts with --model_prefix {start} (there is {min(found)})")
+    flags = state.get("args")
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    return Weights(
+        path=Path(path),
+        tensors=published_names(taken),
+        settings=state.get("model_settings") or {},
+        flags=flags if isinstance(flags, dict) else {},
+        ignored=[k for k in found if not k.startswith(start)],
+    )
+
+
+def _state_dict(path: Path, state: dict, keys: list[str]) -> dict[str, Tensor]:
+    chosen = next((state[key] for key in keys if key in state), state)
+    tensors = {k: v for k, v in chosen.items() if isinstance(v, Tensor)} if isinstance(chosen, dict) else {}
+    if not tensors:
+        held = ", ".join(map(str, state)) or "nothing"
+        raise CheckpointError(f"{path}: no weights under {' or '.join(keys)} (--model_key), it holds {held}")
+    return tensors
+
+
+def weights_file(path: str | Path) -> Path:
+    """Finds the file with the weights in a folder of DeepSpeed (a tag, or several) or Hugging Face.
+
+    Returns:
+        The file; `path` itself where that is no folder.
+
+    Raises:
+        CheckpointError: there is no such file, or there are several tags and no file `latest` naming one.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    folder = path / (path / "latest").read_text().strip() if (path / "latest").is_file() else path
+    names = ("mp_rank_00_model_states.pt", "model.safetensors", "pytorch_model.bin")
+    found = [folder / n for n in names if (folder / n).is_file()] or sorted(folder.glob(f"*/{names[0]}"))
+    if not found:
+        raise CheckpointError(
+            f"{path}: none of {', '.join(names)} in this folder (merge ZeRO-3 partitions first, with the "
+            "zero_to_fp32.py beside them)"
+        )
+    if found[0].parent != folder and len(found) > 1:
+        raise CheckpointError(f"{path}: choose one of {', '.join(str(f.parent) for f in found)}")
+    return found[0]
+
+
+def published_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Renames weights to the names of the published code, which themselves stay as they are.
+
+    Removes the prefixes of DistributedDataParallel, moving averages and torch.compile, and translates
+    PySlowFast's head and Hugging Face's VideoMAE, whose projections it fuses.
+    """
+    for wrapper in ("module.", "_orig_mod.", "module."):
+        if all(k.startswith(wrapper) for k in tensors):
+            tensors = {k.removeprefix(wrapper): v for k, v in tensors.items()}
+    tensors = {re.sub(r"^head\.projection\.", "head.", k): v for k, v in tensors.items()}
+    if not any("embeddings.patch_embeddings.projection." in k for k in tensors):
+        return tensors
+    ours = {}
+    for key, value in tensors.items():
+        for theirs, published in HUGGING_FACE_NAMES.items():
+            key = re.sub(theirs, published, key)
+        ours[key] = value
+    for query in [k for k in ours if k.endswith("attention.attention.query.weight")]:
+        block = query.removesuffix("attention.attention.query.weight")
+        parts = [ours.pop(f"{block}attention.attention.{n}.weight") for n in ("query", "key", "value")]
+        ours[f"{block}attn.qkv.weight"] = torch.cat(parts)  # (3D,D)
+    return ours
+
+
+def plain_name(name: str) -> str:
+    """Removes the encoder's prefix from the name of a weight: as in a classifier."""
+    return name.removeprefix("backbone.").removeprefix("encoder.")
+
+
+def recognise(names: Iterable[str]) -> str:
+    """Says which model has weights with these published names.
+
+    Returns:
+        "AdaMAE", "VideoMAE" or "MAE-ST" and "pre-training", "classifier" or "encoder"; "" for none of them.
+    """
+    plain = {plain_name(name) for name in names}
+    if "patch_embed.proj.weight" not in plain:
+        return ""
+    if "blocks.0.attn.q.weight" in plain:
+        model, pretraining = "MAE-ST", "decoder_embed.weight" in plain
+    else:
+        model = "AdaMAE" if "pos_embed_probs" in plain else "VideoMAE"
+        pretraining = "encoder_to_decoder.weight" in plain
+    has_head = any(name.startswith("head.") for name in plain)
+    return f"{model} {'pre-training' if pretraining else 'classifier' if has_head else 'encoder'}"
+
+
+def architecture(tensors: dict[str, Tensor]) -> tuple[int, int, int]:
+    """Reads width, number of blocks and patch size in pixels from the shapes of a video ViT."""
+    plain = {plain_name(name): value for name, value in tensors.items()}
+    kernel = plain["patch_embed.proj.weight"]  # (D,3,tubelet,p,p)
+    return kernel.shape[0], len({n.split(".")[1] for n in plain if n.startswith("blocks.")}), kernel.shape[-1]
