@@ -5,14 +5,13 @@ from pathlib import PurePath
 
 import pytest
 
-from clips.lists import NO_LABEL, parse_line, read_list, read_splits
+from clips.lists import NO_LABEL, find_videos, parse_line, read_list, read_splits
 from tools.preparing.annotations import (
     READERS,
     AnnotationError,
     Annotations,
     Entry,
     Found,
-    find_videos,
     format_line,
     match,
     read_class_folders,

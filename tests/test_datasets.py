@@ -110,11 +110,11 @@ def test_a_line_is_a_path_and_perhaps_a_label(line, expected):
         ("a.mp4 3.0", "3.0"),
         ("a.mp4 300 4", '"300"'),  # path, number of frames, label
         ("a.mp4 -2", "negative"),
-        ("a.mp4,", 'stands ","'),
+        ("a.mp4,", 'followed by ","'),
         ("label,youtube_id,time_start", "heading"),
         (",3", "comma"),
         ('"" 3', "empty"),
-        ("ftyp\0isom", "no text"),
+        ("ftyp\0isom", "not text"),
     ],
 )
 def test_a_malformed_line_is_an_error_with_its_file_and_number(tmp_path, line, complaint):

@@ -47,11 +47,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
 from clips.decoders import resolve_decoder
-from clips.lists import SPLITS, read_list
+from clips.lists import SPLITS, find_videos, read_list
 from tools.preparing.annotations import (
     READERS,
     Found,
-    find_videos,
     match,
     read_class_folders,
     write_lists,

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from clips.lists import ENDS_AS_VIDEO, NO_LABEL, SPLITS, parse_line
+from clips.lists import NO_LABEL, SPLITS, parse_line
 
 
 class AnnotationError(ValueError):
@@ -238,24 +238,6 @@ def read_class_folders(
 
 
 # --- videos on the disk -------------------------------------------------------------------------------------
-
-
-def find_videos(root: Path, *, skip: Path | None = None) -> list[PurePath]:
-    """The videos in a folder and below, through links as well, as sorted paths below it.
-
-    Hidden files and folders, and the folder `skip`, are left out.
-    """
-    videos, seen = [], set()
-    for folder, names, files in os.walk(root, followlinks=True):
-        here = os.path.realpath(folder)
-        if here in seen or (skip is not None and here == os.path.realpath(skip)):
-            names.clear()
-            continue
-        seen.add(here)
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        below = PurePath(os.path.relpath(folder, root))
-        videos += [below / name for name in files if ENDS_AS_VIDEO.search(name) and not name.startswith(".")]
-    return sorted(videos)
 
 
 def match(annotations: Annotations, videos: Iterable[PurePath]) -> Found:
