@@ -13,6 +13,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from clips.draws import draw_seed, global_draws
+from utils import SettingError
 
 Colours = tuple[Sequence[float], Sequence[float]]  # channel means and standard deviations of the model's input
 
@@ -27,17 +28,21 @@ COLOUR_STATISTICS = {
 
 
 def to_pixels(clips: Tensor) -> Tensor:
-    """uint8 of any shape -> float32 pixels in [0,1] on the same device."""
+    """Turns uint8 of any shape into float32 pixels in [0,1] on the same device."""
     return clips.to(torch.float32) / 255
 
 
-def normalize(
-    pixels: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-) -> Tensor:
-    """(pixels - mean) / std per channel: float (B,C,T,H,W) -> the same shape, dtype and device.
+def normalize(pixels: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
+    """Computes (pixels - mean) / std per channel: float (B,C,T,H,W) -> the same shape, dtype and device.
 
-    mean and std stay Python numbers, one per channel: a tensor of them made here would be a copy to the
-    device, and a wait for it, in every step. Raises ValueError when their number is not C.
+    `mean` and `std` stay Python numbers: a tensor of them would be copied to the device, and waited for, in every
+    step.
+
+    Args:
+        mean, std: one number per channel.
+
+    Raises:
+        ValueError: their number is not C.
     """
     channels = pixels.shape[1]
     if not len(mean) == len(std) == channels:
@@ -45,28 +50,32 @@ def normalize(
     return torch.stack([(x - m) / s for x, m, s in zip(pixels.unbind(1), mean, std)], dim=1)
 
 
-# --- of a batch, on the device ------------------------------------------------------------------------------
-# timm's work on images (B,C,H,W) is right for clips whose frames are folded into the channels, (B,C*T,H,W).
+# --- fine-tuning --------------------------------------------------------------------------------------------
+# timm's operations on images (B,C,H,W) are right for clips whose frames are folded into the channels, (B,C*T,H,W).
 # On five axes its CutMix would cut time x height.
 
 
 class ClipErasing:
     """Random erasing (Zhong et al., 2020): in some clips a box, the same in every frame, becomes noise.
 
-    prob: share of clips. mode: "pixel" fills with N(0,1) noise, "rand" with one colour a frame, "const" with
-    0, which is the mean. count: up to so many boxes a clip, together as large as one; above 1 the first
-    T // count frames stay clean, as published.
-    Raises ValueError for another mode.
+    Args:
+        prob: share of clips.
+        mode: "pixel" fills with N(0,1) noise, "rand" with one colour a frame, "const" with 0, which is the mean.
+        count: the most boxes of a clip, together as large as one; above 1 the first T // count frames stay clean,
+            as published.
+
+    Raises:
+        SettingError: the mode is unknown.
     """
 
     def __init__(self, *, prob: float = 0.25, mode: str = "pixel", count: int = 1):
         if mode not in ("pixel", "rand", "const"):
-            raise ValueError(f'--remode {mode}: choose "pixel", "rand" or "const"')
+            raise SettingError(f'--remode {mode}: choose "pixel", "rand" or "const"')
         self.count = count
         self.erasing = RandomErasing(prob, mode=mode, max_count=count)
 
     def __call__(self, clips: Tensor, rng: np.random.Generator) -> Tensor:
-        """Normalised float (B,C,T,H,W) -> the same shape; `clips` itself may change.
+        """Erases normalised float (B,C,T,H,W) -> the same shape; `clips` itself may change.
 
         `rng` decides the boxes, torch's generator of the device the noise.
         """
@@ -74,8 +83,8 @@ class ClipErasing:
         clean = clips[:, :, : num_frames // self.count if self.count > 1 else 0].clone()
         self.erasing.device = clips.device
         with global_draws(draw_seed(rng)):
-            folded = self.erasing(clips.flatten(1, 2))  # B (C T) H W
-        clips = folded.unflatten(1, clips.shape[1:3])  # B C T H W
+            folded = self.erasing(clips.flatten(1, 2))  # (B,C*T,H,W)
+        clips = folded.unflatten(1, clips.shape[1:3])  # (B,C,T,H,W)
         clips[:, :, : clean.shape[2]] = clean
         return clips
 
@@ -83,13 +92,17 @@ class ClipErasing:
 class ClipMixup:
     """Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019) of a batch with its reverse, and soft targets.
 
-    mixup, cutmix: alpha of the Beta distribution that the clip's own weight comes from; 0 switches one off.
-        With both off there are only soft targets, so that one criterion does for all.
-    cutmix_minmax: smallest and largest side of the box as a fraction, instead of one from the weight.
-    prob: of doing anything. switch_prob: of CutMix where both are on.
-    mode: one draw for the "batch", for each "pair" or for each clip ("elem").
-    smoothing: label smoothing, s/K for a wrong class and 1 - s + s/K for the right one.
-    Raises ValueError for another mode.
+    Args:
+        mixup, cutmix: alpha of the Beta distribution that the clip's own weight is drawn from; 0 switches one off.
+            With both off there are only soft targets, so that one criterion serves all cases.
+        cutmix_minmax: smallest and largest side of the box as a fraction, instead of sides set by the weight.
+        prob: of doing anything.
+        switch_prob: of CutMix where both are on.
+        mode: one draw for the "batch", for each "pair" or for each clip ("elem").
+        smoothing: label smoothing s: s/K for a wrong class and 1 - s + s/K for the right one.
+
+    Raises:
+        SettingError: the mode is unknown.
     """
 
     def __init__(
@@ -105,7 +118,7 @@ class ClipMixup:
         smoothing: float = 0.1,
     ):
         if mode not in ("batch", "pair", "elem"):
-            raise ValueError(f'--mixup_mode {mode}: choose "batch", "pair" or "elem"')
+            raise SettingError(f'--mixup_mode {mode}: choose "batch", "pair" or "elem"')
         self.mixup = Mixup(
             mixup_alpha=mixup,
             cutmix_alpha=cutmix,
@@ -119,16 +132,19 @@ class ClipMixup:
         self.mixup.mixup_enabled = mixup > 0 or cutmix > 0 or cutmix_minmax is not None
 
     def __call__(self, clips: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """float (B,C,T,H,W), int64 (B,) -> clips of the same shape, targets float (B,K); `clips` may change.
+        """Mixes clips float (B,C,T,H,W) and labels int64 (B,); `clips` itself may change.
 
-        The same box is cut from every frame, and its area is what the other label weighs.
+        CutMix cuts the same box from every frame, and its area is the weight of the other label.
+
+        Returns:
+            Clips of the same shape, targets float (B,K).
         """
         odd, middle = len(clips) % 2, len(clips) // 2
-        if odd:  # timm wants an even number: the middle clip meets its own copy, all others meet as ever
+        if odd:  # timm needs an even number: the middle clip is paired with its own copy
             clips, labels = (torch.cat([x[: middle + 1], x[middle:]]) for x in (clips, labels))
         with global_draws(draw_seed(rng)):
-            folded, targets = self.mixup(clips.flatten(1, 2), labels)  # B (C T) H W and B K
-        clips = folded.unflatten(1, clips.shape[1:3])  # B C T H W
+            folded, targets = self.mixup(clips.flatten(1, 2), labels)  # (B,C*T,H,W), (B,K)
+        clips = folded.unflatten(1, clips.shape[1:3])  # (B,C,T,H,W)
         if odd:
             clips, targets = (torch.cat([x[:middle], x[middle + 1 :]]) for x in (clips, targets))
         return clips, targets

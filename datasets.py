@@ -163,9 +163,7 @@ class TrainDataset(Dataset):
         max_tries: how many videos in all are tried for one sample.
     """
 
-    def __init__(
-        self, *, videos: VideoList, transform: ClipTransform, settings: ClipSettings, max_tries: int = 10
-    ):
+    def __init__(self, *, videos: VideoList, transform: ClipTransform, settings: ClipSettings, max_tries: int = 10):
         self.videos = videos
         self.transform = transform
         self.settings = settings

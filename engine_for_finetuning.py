@@ -47,9 +47,7 @@ def finetune(
     run.start()
     for epoch in range(run.first_epoch, run.epochs):
         train = loaders["train"]
-        finetune_one_epoch(
-            run, engine, train, epoch=epoch, augmentation=augmentation, schedule=schedule, seed=seed
-        )
+        finetune_one_epoch(run, engine, train, epoch=epoch, augmentation=augmentation, schedule=schedule, seed=seed)
         found = {}
         if "val" in loaders:
             settings = {"colours": augmentation.colours, "stop": stop, "report_bad": run.report_bad}

@@ -227,11 +227,7 @@ def build_finetuning_loaders(
             short_side=short_side, size=input_size, num_crops=num_crops, round_up=settings.sampling == "mae_st"
         )
         dataset = EvalDataset(
-            videos=videos,
-            crops=crops,
-            settings=settings,
-            num_segments=num_segments,
-            random_clips=random_validation,
+            videos=videos, crops=crops, settings=settings, num_segments=num_segments, random_clips=random_validation
         )
         loaders[split] = build_evaluation_loader(dataset, evaluation, spread=dist_eval)
     return loaders

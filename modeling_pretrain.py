@@ -188,9 +188,7 @@ class PretrainVisionTransformer(nn.Module):
         network = self.encoder.get_token_probs
         return [] if network is None else [self.encoder.pos_embed_probs, *network.parameters()]
 
-    def forward(
-        self, clip: Tensor, visible: Tensor | None = None, uniform: Tensor | None = None
-    ) -> PretrainOutput:
+    def forward(self, clip: Tensor, visible: Tensor | None = None, uniform: Tensor | None = None) -> PretrainOutput:
         """Masks, encodes and reconstructs normalised clips.
 
         Args:

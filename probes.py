@@ -27,12 +27,7 @@ class Probe(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        encoder: VisionTransformer,
-        pool: nn.Module | None = None,
-        batch_norm: bool = False,
-        head_std: float,
+        self, *, encoder: VisionTransformer, pool: nn.Module | None = None, batch_norm: bool = False, head_std: float
     ):
         super().__init__()
         self.window, self.patch, self.depth = encoder.window, encoder.patch, encoder.depth

@@ -213,10 +213,7 @@ def model_settings(args: argparse.Namespace, num_classes: int, weights: Weights 
 def build_loaders(args: argparse.Namespace, settings: Settings, world: World) -> dict[str, DataLoader]:
     size, data_set = settings.model["input_size"], settings.data_set
     clips = ClipSettings(
-        sampling=data_set.sampling,
-        num_frames=settings.model["num_frames"],
-        share_frames=True,
-        **clip_flags(args),
+        sampling=data_set.sampling, num_frames=settings.model["num_frames"], share_frames=True, **clip_flags(args)
     )
     return build_finetuning_loaders(
         splits=settings.lists,
@@ -332,12 +329,7 @@ def train_and_test(session: Session, settings: Settings) -> int:
     settings = settings._replace(weights=None)  # as large as the model
     ema_decay = args.model_ema_decay if args.model_ema else None
     engine = build_engine(
-        args,
-        model,
-        world,
-        layer_decay=args.layer_decay,
-        ema_decay=ema_decay,
-        ema_force_cpu=args.model_ema_force_cpu,
+        args, model, world, layer_decay=args.layer_decay, ema_decay=ema_decay, ema_force_cpu=args.model_ema_force_cpu
     )
     session.to_close.callback(engine.close)
     videos = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items()) + " videos"

@@ -131,11 +131,7 @@ def build_loader(args: argparse.Namespace, videos: VideoList, size: int, world: 
 
 
 def picture_drawer(
-    every: int,
-    run: TrainingRun,
-    engine: Engine,
-    loader: DataLoader,
-    settings: PictureSettings,
+    every: int, run: TrainingRun, engine: Engine, loader: DataLoader, settings: PictureSettings
 ) -> Callable[[int], None]:
     """A function of the epoch that draws the five panels of the list's first clips, always the same ones."""
 
@@ -170,9 +166,7 @@ def train(session: Session, model_settings: dict, videos: VideoList) -> None:
     text = f"{masking.mask_type} masking: {masking.num_visible} of {masking.num_tokens} tokens visible"
     console.say(describe(args, engine, world, model=text, videos=f"{len(videos)} videos"))
 
-    run = build_run(
-        session, engine, loader.sampler, model_settings=model_settings, videos=videos, num_read=len(videos)
-    )
+    run = build_run(session, engine, loader.sampler, model_settings=model_settings, videos=videos, num_read=len(videos))
     target = create_target(args.target, patch=model.patch, normalize=args.normalize_target)
     colours = COLOUR_STATISTICS["imagenet" if args.imagenet_default_mean_and_std else "half"]
     pretrain(
@@ -180,10 +174,7 @@ def train(session: Session, model_settings: dict, videos: VideoList) -> None:
         engine,
         loader,
         losses=Losses(
-            target=target,
-            loss=args.loss,
-            sampling_form=args.sampling_loss,
-            sampling_weight=args.sampling_loss_weight,
+            target=target, loss=args.loss, sampling_form=args.sampling_loss, sampling_weight=args.sampling_loss_weight
         ),
         colours=colours,
         schedule=build_schedule(args, args.batch_size * args.update_freq * world.size, steps_per_epoch),

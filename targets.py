@@ -24,9 +24,7 @@ def patchify(pixels: Tensor, patch: int, tubelet: int = TUBELET) -> Tensor:
 
     Inside a token the order is frame, row, column, channel, with the channel fastest.
     """
-    return rearrange(
-        pixels, "b c (t f) (h p) (w q) -> b (t h w) (f p q c)", f=tubelet, p=patch, q=patch
-    )  # (B,N,P)
+    return rearrange(pixels, "b c (t f) (h p) (w q) -> b (t h w) (f p q c)", f=tubelet, p=patch, q=patch)  # (B,N,P)
 
 
 def unpatchify(tokens: Tensor, window: tuple[int, int, int], patch: int, tubelet: int = TUBELET) -> Tensor:

@@ -144,17 +144,10 @@ def main() -> None:
         for seed, name in enumerate(names):
             write_source(sources / name, seed=seed, seconds=args.seconds, height=args.height, width=args.width)
         (sources / "videos.csv").write_text("".join(f"{name}\n" for name in names))
-        flags = {
-            "input": sources / "videos.csv",
-            "output": prepared,
-            "short_side": args.short_side,
-            "gop": args.gop,
-        }
+        flags = {"input": sources / "videos.csv", "output": prepared, "short_side": args.short_side, "gop": args.gop}
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         subprocess.run([sys.executable, str(TOOL), *words], check=True)
-        print(
-            f"Before: {args.num_videos} videos of {args.seconds} s, {args.width} x {args.height}, {FPS} a second."
-        )
+        print(f"Before: {args.num_videos} videos of {args.seconds} s, {args.width} x {args.height}, {FPS} a second.")
         print(f"After: short side {args.short_side}, --gop {args.gop}. Clips of {CLIP} frames, {STRIDE} apart.")
         report(sources, prepared, args.repeats)
 

@@ -68,10 +68,7 @@ def published_way(device, amp, settings):
         x = (tokens + encoder.positions.type_as(tokens).to(device).clone())[~mask].reshape(batch, -1, dim)
         x = model.encoder_to_decoder(encoder.norm(encoder.blocks(x)))
         places = model.positions.expand(batch, -1, -1).type_as(x).to(device).clone()
-        seen, hidden = (
-            places[~mask].reshape(batch, -1, x.shape[2]),
-            places[mask].reshape(batch, -1, x.shape[2]),
-        )
+        seen, hidden = (places[~mask].reshape(batch, -1, x.shape[2]), places[mask].reshape(batch, -1, x.shape[2]))
         full = torch.cat([x + seen, model.mask_token + hidden], 1)
         return model.decoder(full, hidden.shape[1]), probs, mask
 

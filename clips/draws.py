@@ -1,4 +1,4 @@
-"""Random numbers for libraries that draw from the global states, from a given generator instead."""
+"""Makes libraries that draw from the global random states draw from a given generator instead."""
 
 import random
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import numpy as np
 
 @contextmanager
 def global_draws(seed: int) -> Iterator[None]:
-    """Inside, `random` and `numpy.random` draw what `seed` decides; outside they go on as if nothing was."""
+    """Seeds `random` and `numpy.random` within the block, and restores their states after it."""
     states = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)

@@ -1,7 +1,7 @@
 """The training transform of fine-tuning, in the data worker: RandAugment, then a random resized crop and flip.
 
-timm does the work. What is here makes it act on clips: one draw for all frames, from a given generator rather
-than from the global random states.
+timm does the work; this applies it to clips, with one draw for all frames, from a given generator rather than the
+global random states.
 """
 
 import re
@@ -14,27 +14,28 @@ from torch import Tensor
 
 from clips.draws import draw_seed, global_draws
 from clips.transforms import Chain, ClipTransform, ColorJitter, RandomResizedCrop
+from utils import SettingError
 
 GREY = (128, 128, 128)
-# What timm reads of a policy; it passes over what it does not know.
+# The policies that timm understands; it ignores unknown parts without a word.
 POLICY = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(weights|3aw?))*")
 
 
-# --- of a clip, in the worker -------------------------------------------------------------------------------
-
-
 class RandAugment:
-    """RandAugment (Cubuk et al., 2020) as timm does it on PIL images, the same for every frame of a clip.
+    """RandAugment (Cubuk et al., 2020) with timm's operations on PIL images, the same for every frame of a clip.
 
-    policy: as timm writes it: rand-m7-n4-mstd0.5-inc1 is four operations, each done half the time, of
-        magnitude 7 with deviation 0.5, in the variants that grow stronger with the magnitude.
-    interpolation: "bilinear" or "bicubic", for rotation, shear and translation; what they uncover turns grey.
-    Raises ValueError for a policy that timm cannot read.
+    Args:
+        policy: in timm's notation: rand-m7-n4-mstd0.5-inc1 is four operations, each applied half the time, of
+            magnitude 7 with deviation 0.5, in the variants that grow stronger with the magnitude.
+        interpolation: "bilinear" or "bicubic", for rotation, shear and translation, which fill with grey.
+
+    Raises:
+        SettingError: timm does not understand the policy.
     """
 
     def __init__(self, *, policy: str, interpolation: str = "bicubic"):
         if not POLICY.fullmatch(policy):
-            raise ValueError(
+            raise SettingError(
                 f'--aa {policy}: neither a RandAugment policy, such as rand-m7-n4-mstd0.5-inc1, nor "none"'
             )
         settings = {"img_mean": GREY, "interpolation": Image.Resampling[interpolation.upper()]}
@@ -44,10 +45,10 @@ class RandAugment:
         """uint8 (T,3,H,W) -> the same shape; the same operations and arguments for every frame."""
         seed = draw_seed(rng)
         frames = []
-        for frame in clip.permute(0, 2, 3, 1).numpy():  # H W 3
+        for frame in clip.permute(0, 2, 3, 1).numpy():  # (H,W,3)
             with global_draws(seed):
                 frames.append(np.asarray(self.transform(Image.fromarray(frame))))
-        return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)  # (T,3,H,W)
 
 
 def build_finetune_transform(
@@ -60,12 +61,19 @@ def build_finetune_transform(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (0.75, 1.3333),
 ) -> ClipTransform:
-    """The training transform: RandAugment, then a random resized crop, mirrored half the time if `flip`.
+    """Builds the training transform: RandAugment, then a random resized crop, mirrored half the time if `flip`.
 
-    aa: policy of RandAugment, or "none"; then colours are jittered by `color_jitter`, as in timm.
-    interpolation: that of RandAugment; the crop is bilinear without antialias, as published. The published
-    crop follows the normalisation; before it, rounding to uint8 moves a pixel by half a grey level at most.
-    Raises ValueError for an unknown policy.
+    The crop is bilinear without antialias, as published. The published one follows the normalisation; ours comes
+    before it, where rounding to uint8 moves a pixel by at most half a grey level.
+
+    Args:
+        size: side of the crop in pixels.
+        aa: policy of RandAugment, or "none"; then colours are jittered by `color_jitter` instead, as in timm.
+        interpolation: of RandAugment.
+        scale, ratio: see `RandomResizedCrop`.
+
+    Raises:
+        SettingError: the policy is unknown.
     """
     crop = RandomResizedCrop(size=size, scale=scale, ratio=ratio, flip=0.5 if flip else 0.0, antialias=False)
     if aa not in ("", "none"):

@@ -3,8 +3,13 @@
     load = Isolated(function, timeout=60)
     clips = load(path, seed)  # function(path, seed) in a child process
 
-The child is forked at the first call and lives on, so that a call costs two short messages and a copy of the
-result through shared memory. It ends when its parent does.
+The child is forked at the first call and lives on: a call costs two short messages and a copy of the result
+through shared memory. The child ends when its parent does.
+
+It is forked by hand, not by multiprocessing or concurrent.futures, because
+- a worker of torch's DataLoader is daemonic, and multiprocessing lets no daemonic process have children;
+- their pools pickle results into a pipe, whereas a decoded clip of megabytes is shared here;
+- a crash or a hang must cost one video, whereas it breaks or blocks a pool.
 """
 
 import ctypes
@@ -29,20 +34,25 @@ from torch import Tensor
 
 from clips.video_index import VideoError
 
-SHARED_BYTES = 64 << 20  # larger results come through the pipe; memory is used only as far as it is written
-OUTLIVED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # what a launcher sends to all processes of a job
+SHARED_BYTES = 64 << 20  # larger results come through the pipe; pages take up memory only once written to
+OUTLIVED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a launcher sends these to all processes of a job
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Isolated:
-    """`function(path, *args)` in a child process that may hang or crash without harm to this one.
+    """Calls `function(path, *args)` in a child process that may hang or crash without harm to this one.
 
-    timeout: seconds that a call may take; 0 or None calls the function here, without a child.
+    A call returns what the function returns, or raises what it raises, with the child's traceback as the cause. A
+    child that takes too long is killed; after that, or after a crash, the next call starts another.
 
-    A call returns what the function does, or raises what it raises, with the child's traceback as the cause.
-    A child that takes too long is killed, and it or one that crashed is replaced at the next call: both are a
-    VideoError. The child sees the function as it was at the first call. Calls belong into one thread, which
-    lives on: on Linux the child dies with it. A copy, pickled or forked, starts a child of its own.
+    The child sees the function as it was at the first call. All calls must come from one thread that lives on: on
+    Linux the child dies with it. A copy of this object, pickled or forked, starts a child of its own.
+
+    Args:
+        timeout: seconds that a call may take; 0 or None calls the function here, without a child.
+
+    Raises:
+        VideoError: (a call) the child took too long or crashed.
     """
 
     def __init__(self, function: Callable, timeout: float | None):
@@ -71,7 +81,7 @@ class Isolated:
             raise
 
     def stop(self, *, kill: bool = True) -> str:
-        """Ends the child, if there is one; returns in words how it ended."""
+        """Ends the child, if there is one; returns a phrase that says how it ended."""
         child, self._child = self._child, None
         return child.end(kill) if child is not None else ""
 
@@ -84,23 +94,23 @@ class Isolated:
 
 
 class _Raised(Exception):
-    """Carries what the function raised, and the child's traceback."""
+    """Carries what the function raised, and the child's traceback, to `Isolated.__call__`."""
 
     def __init__(self, error: Exception, cause: "ChildTraceback"):
         self.error, self.cause = error, cause
 
 
 class ChildTraceback(Exception):
-    """Stands as the cause below an exception of the child: where it was raised there."""
+    """The traceback of an exception in the child, as the cause of the same exception here."""
 
     def __str__(self):
         return f"in the child process:\n{self.args[0]}"
 
 
-# ------------------------------------------------------------------------------------ in the parent process
+# --- in the parent process ----------------------------------------------------------------------------------
 
 _instances: "weakref.WeakSet[Isolated]" = weakref.WeakSet()
-_unreaped: set[int] = set()  # killed, but still busy in the kernel, as on a file server that does not answer
+_unreaped: set[int] = set()  # killed, but still busy in the kernel, as when a file server does not answer
 
 
 class _Child:
@@ -112,18 +122,24 @@ class _Child:
         self.memory = mmap.mmap(-1, SHARED_BYTES)
         self.connection, theirs = Pipe()
         with warnings.catch_warnings():
-            # From Python 3.12 on: threads may hold locks. The child waits for none: it only decodes.
+            # Python 3.12 and later warn that other threads may hold locks; the child only decodes and takes none.
             warnings.simplefilter("ignore", DeprecationWarning)
             self.pid = os.fork()
         if self.pid == 0:
             self.connection.close()
             _serve(function, theirs, self.memory)
         theirs.close()
-        # multiprocessing's own finalizer also runs where a worker process ends
+        # atexit does not run at the end of a worker process; multiprocessing's finalizers do
         self.end_at_exit = Finalize(self, _end, args=(self.pid, self.connection, True), exitpriority=10)
 
     def call(self, args: tuple, timeout: float):
-        """The function's result. Raises TimeoutError, ConnectionError where the child died, or _Raised."""
+        """Returns the function's result.
+
+        Raises:
+            TimeoutError: the child has not answered in time.
+            ConnectionError: the child has died.
+            _Raised: the function has raised.
+        """
         try:
             self.connection.send_bytes(pickle.dumps(args))
             if not self.connection.poll(timeout):
@@ -142,13 +158,13 @@ class _Child:
 
 
 def _end(pid: int, connection: Connection, kill: bool) -> str:
-    """Ends a child, by force or where it has ended already, and says how it ended."""
+    """Ends a child, by force unless it has ended already; returns a phrase that says how it ended."""
     connection.close()
     if kill:
         os.kill(pid, signal.SIGKILL)
     status = _reap(pid)
     if status is None:
-        return "the decoder crashed and does not end"
+        return "the decoder crashed, and its process does not end"
     if not os.WIFSIGNALED(status):
         return f"the decoder ended its process (exit status {os.WEXITSTATUS(status)})"
     name = signal.Signals(os.WTERMSIG(status)).name
@@ -156,7 +172,7 @@ def _end(pid: int, connection: Connection, kill: bool) -> str:
 
 
 def _reap(pid: int, patience: float = 2.0) -> int | None:
-    """The status of a child that has ended; None where it has not within `patience` seconds."""
+    """Returns the exit status of a child, or None if it has not ended within `patience` seconds."""
     _unreaped.add(pid)
     deadline = time.monotonic() + patience
     while True:
@@ -170,7 +186,7 @@ def _reap(pid: int, patience: float = 2.0) -> int | None:
 
 
 def _forget_inherited() -> None:
-    """In any forked process: the children of the parent are none of its own."""
+    """Runs in every forked process, since the children of its parent are not its own."""
     _unreaped.clear()
     for isolated in list(_instances):
         if isolated._child is not None:
@@ -183,11 +199,11 @@ os.register_at_fork(after_in_child=_forget_inherited)
 
 
 def _view(memory: mmap.mmap, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The tensor at the beginning of the shared memory."""
+    """Returns the tensor at the beginning of the shared memory."""
     return torch.frombuffer(memory, dtype=dtype, count=shape.numel()).view(shape)
 
 
-# ------------------------------------------------------------------------------------- in the child process
+# --- in the child process -----------------------------------------------------------------------------------
 
 
 def _serve(function: Callable, connection: Connection, memory: mmap.mmap) -> None:
@@ -207,11 +223,11 @@ def _serve(function: Callable, connection: Connection, memory: mmap.mmap) -> Non
         traceback.print_exc()
         os._exit(1)
     finally:
-        os._exit(0)  # runs nothing of what the parent has registered for its own exit
+        os._exit(0)  # without the exit handlers that the parent has registered
 
 
 def _answer(function: Callable, args: tuple, memory: mmap.mmap) -> bytes:
-    """Calls the function; returns the message that tells of the result, or of what was raised."""
+    """Calls the function; returns a message with the result or the exception."""
     try:
         value = function(*args)
         if isinstance(value, Tensor) and 0 < value.nbytes <= len(memory):
@@ -223,24 +239,24 @@ def _answer(function: Callable, args: tuple, memory: mmap.mmap) -> bytes:
         try:
             pickle.loads(message := pickle.dumps(("raised", (error, text))))
             return message
-        except Exception:  # an exception that can't be sent: its name and words can
+        except Exception:  # the exception can't be pickled; its name and message can
             return pickle.dumps(("raised", (RuntimeError(f"{type(error).__name__}: {error}"), text)))
 
 
-# ------------------------------------------------------------------------------- processes that load data
+# --- data workers -------------------------------------------------------------------------------------------
 
 
 def die_with_parent() -> None:
-    """On Linux: this process is killed as soon as the thread that started it ends."""
+    """Has this process killed as soon as the thread that started it ends (on Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def outlive_signals(_worker: int = 0) -> None:
-    """For a DataLoader's worker (`worker_init_fn`): it goes on when a signal is sent to the whole job.
+    """Keeps a DataLoader's worker alive when a signal is sent to the whole job (a `worker_init_fn`).
 
-    So the training process can finish its step and save on Ctrl-C, SIGTERM and SLURM's SIGUSR1. The worker
-    ends with that process, and on a SIGTERM that it sends.
+    So the training process can finish its step and save on Ctrl-C, SIGTERM and SLURM's SIGUSR1. The worker ends
+    with that process, or when that process sends it a SIGTERM.
     """
     die_with_parent()
     for number in OUTLIVED:
@@ -249,10 +265,10 @@ def outlive_signals(_worker: int = 0) -> None:
         return
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # an ignored signal is never delivered
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    threading.Thread(target=_end_on_the_parents_word, daemon=True).start()
+    threading.Thread(target=_end_on_sigterm_of_parent, daemon=True).start()
 
 
-def _end_on_the_parents_word() -> None:
+def _end_on_sigterm_of_parent() -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
     os._exit(0)

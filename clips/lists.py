@@ -1,10 +1,10 @@
-"""Lists of videos: reading them, and checking them before training starts."""
+"""Videos in lists and folders: finding them, reading lists, checking them before training starts."""
 
 import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from clips.isolation import Isolated
 from clips.video import open_video
 from clips.video_index import VideoError
+from utils import SettingError
 
 SUFFIXES = "mp4|webm|avi|mkv|mov|m4v|mpg|mpeg|wmv|flv|3gp"
 ENDS_AS_VIDEO = re.compile(rf"\.({SUFFIXES})$", re.IGNORECASE)
@@ -21,12 +22,12 @@ NO_LABEL = -1
 SPLITS = ("train", "val", "test")
 
 
-class ListError(ValueError):
-    """A list of videos that cannot be used; the message names the file and the line and says what to do."""
+class ListError(SettingError):
+    """A list of videos that cannot be used; the message names the file and the line."""
 
 
 class Record(NamedTuple):
-    """One video of a list: where it is, and its class (None where the list gives none)."""
+    """One video of a list: its path, and its class (None where the list gives none)."""
 
     path: str
     label: int | None
@@ -35,8 +36,8 @@ class Record(NamedTuple):
 class VideoList(Sequence):
     """The videos of one list file, read-only.
 
-    Paths and labels are kept in flat buffers. A million Python strings would be copied, page by page, into
-    every worker process as soon as their reference counts are touched.
+    Paths and labels are kept in flat buffers: touching the reference counts of a million Python strings would copy
+    their pages into every worker process.
     """
 
     def __init__(self, *, list_path: str, root: str, paths: list[str], labels: list[int], lines: list[int]):
@@ -44,7 +45,7 @@ class VideoList(Sequence):
         self.list_path = list_path
         self.root = root
         self.labels = np.array(labels, dtype=np.int64)  # NO_LABEL where there is none
-        self.lines = np.array(lines, dtype=np.int64)  # where in the file each stands, from 1
+        self.lines = np.array(lines, dtype=np.int64)  # the line of the file, from 1
         self._paths = b"".join(encoded)
         self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
 
@@ -61,18 +62,21 @@ class VideoList(Sequence):
 
 
 def read_list(list_path: str | Path, data_root: str | Path | None = None) -> VideoList:
-    """Read a list of videos: one a line, `path label`, the label being optional.
+    """Reads a list of videos: one a line, `path label`, the label being optional.
 
-    - The label is the last field if that is an integer and something stands before it; white space of any
-      kind and length, or a comma, separates the two. -1 means that the label is not known.
+    - The label is the last field if that is an integer with something before it; white space of any kind and
+      length, or a comma, separates the two. -1 means that the label is not known.
     - Everything before it is the path, which may hold spaces and commas. A path whose last word is an integer
       (`clip 3`) is written with its suffix (`clip 3.mp4`) or in double quotes.
     - A path without a dot in its last component gets ".mp4".
-    - What looks like a video and something wrong after it (`a.mp4 dancing`) is refused; quotes let it pass.
-    - A relative path is looked up in `data_root` if given, else in the folder of the list.
+    - A video name with anything but a label after it (`a.mp4 dancing`) is refused, unless in double quotes.
     - Empty lines and lines that begin with # are skipped.
 
-    Raises ListError for a missing, empty or malformed list.
+    Args:
+        data_root: folder that relative paths start from; by default the folder of the list.
+
+    Raises:
+        ListError: the list is missing, empty or malformed.
     """
     root = Path(list_path).parent if data_root is None else Path(data_root)
     if not Path(list_path).is_file():
@@ -99,9 +103,13 @@ def read_list(list_path: str | Path, data_root: str | Path | None = None) -> Vid
 
 
 def parse_line(line: str) -> tuple[str, int]:
-    """One stripped line of a list -> path as written (with its suffix), label or NO_LABEL; see `read_list`.
+    """Parses one stripped line of a list, see `read_list`.
 
-    Raises ValueError saying what is wrong with the line.
+    Returns:
+        The path as written, with its suffix; the label or NO_LABEL.
+
+    Raises:
+        ValueError: the line is malformed; the message says how, but not where it stands.
     """
     labelled = LABELLED.fullmatch(line)
     path, label = (labelled[1], int(labelled[2])) if labelled else (line, NO_LABEL)
@@ -117,14 +125,14 @@ def parse_line(line: str) -> tuple[str, int]:
 
 
 def refuse_doubtful_path(path: str) -> None:
-    """Raise ValueError where a path without quotes more likely is a path and something wrong after it."""
+    """Raises ValueError if a path without quotes is probably a path with something wrong after it."""
     if "\0" in path:
-        raise ValueError("this is no text; --data_path takes a list of videos, not a video")
+        raise ValueError("this is not text; --data_path takes a list of videos, not a video")
     more = GOES_ON_AFTER_VIDEO.search(path)
     if more and not ENDS_AS_VIDEO.search(path):
         raise ValueError(
-            f'after the video stands "{more["rest"].strip()}", where one integer label may stand; '
-            "if it belongs to the path, put the path in double quotes"
+            f'the video is followed by "{more["rest"].strip()}" instead of one integer label; '
+            "if that belongs to the path, put the path in double quotes"
         )
     if "," in path and "." not in os.path.basename(path):
         raise ValueError(
@@ -133,16 +141,34 @@ def refuse_doubtful_path(path: str) -> None:
         )
 
 
-def read_splits(
-    folder: str | Path,
-    *,
-    num_classes: int,
-    splits: Sequence[str] = SPLITS,
-    data_root: str | Path | None = None,
-) -> dict[str, VideoList]:
-    """The labelled lists of a data set: `folder`/train.csv, val.csv and test.csv, or those named by `splits`.
+def find_videos(root: Path, *, skip: Path | None = None) -> list[PurePath]:
+    """Finds the videos in a folder and below it, following links.
 
-    Raises ListError for a missing folder or list, and for what `read_list` and `check_labels` refuse.
+    Hidden files and folders, and the folder `skip`, are left out.
+
+    Returns:
+        Their paths relative to `root`, sorted.
+    """
+    videos, seen = [], set()
+    for folder, names, files in os.walk(root, followlinks=True):
+        here = os.path.realpath(folder)
+        if here in seen or (skip is not None and here == os.path.realpath(skip)):
+            names.clear()
+            continue
+        seen.add(here)
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        below = PurePath(os.path.relpath(folder, root))
+        videos += [below / name for name in files if ENDS_AS_VIDEO.search(name) and not name.startswith(".")]
+    return sorted(videos)
+
+
+def read_splits(
+    folder: str | Path, *, num_classes: int, splits: Sequence[str] = SPLITS, data_root: str | Path | None = None
+) -> dict[str, VideoList]:
+    """Reads the labelled lists of a data set: train.csv, val.csv and test.csv, or those named by `splits`.
+
+    Raises:
+        ListError: the folder or a list is missing, or `read_list` or `check_labels` refuses one.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -152,7 +178,7 @@ def read_splits(
     if missing:
         raise ListError(
             f"{' and '.join(missing)} missing in the folder {folder} (--data_path); "
-            "where there is no test set of its own, test.csv is a copy of val.csv"
+            "without a separate test set, test.csv is a copy of val.csv"
         )
     lists = {split: read_list(folder / f"{split}.csv", data_root) for split in splits}
     for videos in lists.values():
@@ -161,7 +187,11 @@ def read_splits(
 
 
 def check_labels(videos: VideoList, num_classes: int) -> None:
-    """Raise ListError, naming the first line at fault, unless every video has a label below `num_classes`."""
+    """Checks that every video has a label below `num_classes`.
+
+    Raises:
+        ListError: naming the first line at fault.
+    """
     wrong = np.flatnonzero((videos.labels < 0) | (videos.labels >= num_classes))
     if len(wrong) == 0:
         return
@@ -178,9 +208,10 @@ def check_labels(videos: VideoList, num_classes: int) -> None:
 
 
 def read_labels(path: str, num_classes: int) -> list[str]:
-    """The names of the classes in a file, one a line from class 0 on.
+    """Reads the names of the classes from a file, one a line from class 0 on.
 
-    Raises ListError where it can't be read, or has more or fewer than `num_classes`.
+    Raises:
+        ListError: the file can't be read, or has more or fewer lines than `num_classes`.
     """
     try:
         names = Path(path).read_text(encoding="utf-8").rstrip().splitlines()
@@ -194,13 +225,19 @@ def read_labels(path: str, num_classes: int) -> list[str]:
     return [name.strip() for name in names]
 
 
-def check_readable(
-    videos: VideoList, decoder: str = "auto", *, decode_timeout: float = 0, limit: int = 1000
-) -> str:
-    """Path of the first video, of at most `limit` spread evenly over the list, whose first frame decodes.
+def check_readable(videos: VideoList, decoder: str = "auto", *, decode_timeout: float = 0, limit: int = 1000) -> str:
+    """Finds a video whose first frame decodes, among at most `limit` spread evenly over the list.
 
-    For a look before training starts. decode_timeout: as in `datasets`. Raises ListError with the first reasons
-    when none does.
+    Called before training starts.
+
+    Args:
+        decode_timeout: seconds, see `ClipSettings`.
+
+    Returns:
+        The path of the first such video.
+
+    Raises:
+        ListError: there is none; with the first three reasons.
     """
     look = Isolated(partial(_decode_first_frame, decoder=decoder), decode_timeout)
     try:
@@ -226,5 +263,5 @@ def _first_readable(videos: VideoList, look: Callable[[str], None], limit: int) 
     reasons = "".join(f"\n  {error.path}: {error.reason}" for error in failures[:3])
     raise ListError(
         f"none of {len(failures)} videos tried of {videos.list_path} can be read (relative paths start from "
-        f"{videos.root}; --data_root changes that). The first:{reasons}"
+        f"{videos.root}; --data_root changes that). The first errors:{reasons}"
     )

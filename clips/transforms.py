@@ -1,7 +1,7 @@
 """Transforms of one uint8 clip (T,C,H,W) in the data worker: crops, flip, colour jitter.
 
-A random transform has two halves: `draw` chooses its parameters from a numpy generator, the rest carries
-them out. One draw serves all frames of a clip. What is called as transform(clip, rng) is a `ClipTransform`.
+A random transform has two halves: `draw` chooses its parameters with a numpy generator, `__call__` applies them.
+One draw serves all frames of a clip.
 """
 
 import math
@@ -14,9 +14,11 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from utils import SettingError
+
 MULTI_SCALES = (1.0, 0.875, 0.75, 0.66)
-MULTI_SCALE_SNAP = 2  # a crop within so many pixels of the output size is cut at that size: no resampling
-# The 13 places of a crop, in quarters of the free room (x, y).
+MULTI_SCALE_SNAP = 2  # a crop within so many pixels of the output size takes that size: no resampling
+# The 13 places of a crop: (x, y) in quarters of the space left.
 MULTI_SCALE_PLACES = (
     *((0, 0), (4, 0), (0, 4), (4, 4), (2, 2)),  # corners, centre
     *((0, 2), (4, 2), (2, 4), (2, 0)),  # middles of the sides
@@ -39,23 +41,26 @@ class View(NamedTuple):
 def apply_view(
     clip: Tensor, view: View, size: int, *, interpolation: str = "bilinear", antialias: bool = True
 ) -> Tensor:
-    """Cut one view out of every frame and resize it to `size` pixels square.
+    """Cuts one view out of every frame and resizes it to `size` pixels square.
 
-    clip: uint8 (T,C,H,W). interpolation: "bilinear" or "bicubic". Returns uint8 (T,C,size,size). With
-    `antialias`, bilinear is what PIL makes of the cropped frame, to within one grey level.
+    Args:
+        clip: uint8 (T,C,H,W).
+        interpolation: "bilinear" or "bicubic".
+        antialias: with it, bilinear is PIL's resize of the cropped frame, to within one grey level.
+
+    Returns:
+        uint8 (T,C,size,size).
     """
     clip = F.crop(clip, view.top, view.left, view.height, view.width)
-    clip = resize(clip, size, size, interpolation=interpolation, antialias=antialias)  # T C S S
+    clip = resize(clip, size, size, interpolation=interpolation, antialias=antialias)  # (T,C,S,S)
     return F.horizontal_flip(clip) if view.flip else clip
 
 
-def resize(
-    clip: Tensor, height: int, width: int, *, interpolation: str = "bilinear", antialias: bool = True
-) -> Tensor:
-    """uint8 (T,C,H,W) -> uint8 (T,C,height,width); see `apply_view`.
+def resize(clip: Tensor, height: int, width: int, *, interpolation: str = "bilinear", antialias: bool = True) -> Tensor:
+    """Resizes uint8 (T,C,H,W) to uint8 (T,C,height,width); see `apply_view`.
 
-    Without `antialias` the exact value is rounded. torch's own uint8 kernel is off by up to a whole level
-    there. It goes frame by frame: a clip of large frames would take gigabytes in float32.
+    Without `antialias` the exact value is rounded, where torch's uint8 kernel is off by up to a whole level. Frame
+    by frame, since a clip of large frames would take gigabytes in float32.
     """
     size, interpolation = [height, width], InterpolationMode(interpolation)
     if antialias or list(clip.shape[-2:]) == size:
@@ -65,10 +70,11 @@ def resize(
 
 
 class RandomView:
-    """A random crop of a clip, resized to `size` pixels square: `draw` is what the subclasses differ in.
+    """A random crop of a clip, resized to `size` pixels square; subclasses define `draw`.
 
-    flip: probability of mirroring; 0 where left and right mean something, as in Something-Something.
-    interpolation, antialias: as `apply_view` takes them.
+    Args:
+        flip: probability of mirroring; 0 where left and right matter, as in Something-Something.
+        interpolation, antialias: see `apply_view`.
     """
 
     def __init__(self, *, size: int, flip: float, interpolation: str = "bilinear", antialias: bool = True):
@@ -78,7 +84,7 @@ class RandomView:
         self.antialias = antialias
 
     def draw(self, width: int, height: int, rng: np.random.Generator) -> View:
-        """The view for one clip of `width` x `height` pixels."""
+        """Draws the view for one clip of `width` x `height` pixels."""
         raise NotImplementedError
 
     def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
@@ -89,10 +95,9 @@ class RandomView:
 
 
 class MultiScaleCrop(RandomView):
-    """Multi-scale crop of the published AdaMAE and VideoMAE pre-training (from Temporal Segment Networks).
+    """Multi-scale crop of the published AdaMAE and VideoMAE pre-training (from TSN, Wang et al., 2016).
 
-    One of ten nearly square sizes at one of thirteen places, all equally likely. The published code never
-    mirrors, hence flip 0.
+    One of ten nearly square sizes at one of thirteen places, all equally likely. As published, never mirrored.
     """
 
     def __init__(self, *, size: int, flip: float = 0.0, interpolation: str = "bilinear"):
@@ -107,7 +112,7 @@ class MultiScaleCrop(RandomView):
 
 
 def multi_scale_sizes(width: int, height: int, size: int) -> list[tuple[int, int]]:
-    """The ten candidate crops (w,h) of a frame: its short side times two neighbouring scales.
+    """Lists the ten candidate crops (w,h) of a frame: its short side times two neighbouring scales.
 
     A crop never exceeds the frame (the published code would snap 223 pixels to 224 and pad with black).
     """
@@ -115,24 +120,24 @@ def multi_scale_sizes(width: int, height: int, size: int) -> list[tuple[int, int
     edges = [max(1, int(short * scale)) for scale in MULTI_SCALES]
     edges = [size if abs(edge - size) <= MULTI_SCALE_SNAP else edge for edge in edges]
     return [
-        (min(w, width), min(h, height))
-        for i, h in enumerate(edges)
-        for j, w in enumerate(edges)
-        if abs(i - j) <= 1
+        (min(w, width), min(h, height)) for i, h in enumerate(edges) for j, w in enumerate(edges) if abs(i - j) <= 1
     ]
 
 
 def multi_scale_offsets(width: int, height: int, w: int, h: int) -> list[tuple[int, int]]:
-    """The thirteen places (x,y) of a crop of w x h pixels in a frame of width x height."""
+    """Lists the thirteen places (x,y) of a crop of w x h pixels in a frame of width x height."""
     step_x, step_y = (width - w) // 4, (height - h) // 4
     return [(x * step_x, y * step_y) for x, y in MULTI_SCALE_PLACES]
 
 
 class RandomResizedCrop(RandomView):
-    """Random area, aspect and place, and a mirror image half the time, as MAE-ST pre-trains.
+    """Crop of random area, aspect and place, mirrored half the time: MAE-ST's in pre-training.
 
     With a scale of 0.08 to 1 and no antialias it is the crop of fine-tuning.
-    scale: range of the area as a fraction of the frame, uniform. ratio: range of width/height, log-uniform.
+
+    Args:
+        scale: range of the area as a fraction of the frame, drawn uniformly.
+        ratio: range of width/height, drawn log-uniformly.
     """
 
     def __init__(
@@ -163,7 +168,7 @@ class RandomResizedCrop(RandomView):
         return self._central_box(width, height)
 
     def _central_box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """The largest central box whose aspect is allowed: for frames so long that ten draws all failed."""
+        """Returns the largest central box of an allowed aspect, for long frames where ten draws have failed."""
         aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
         w = max(1, min(width, round(height * aspect)))
         h = max(1, min(height, round(width / aspect)))
@@ -173,28 +178,31 @@ class RandomResizedCrop(RandomView):
 class EvenCrops:
     """The crops of a test: short side resized, then squares evenly spaced along the long side.
 
-    short_side: pixels of the frame's short side after the resize, which is OpenCV's bilinear one to within a
-    grey level. size: of the crops, at most short_side (the published code takes short_side for both).
-    num_crops: 1 is the centre, also of the published validation.
-    round_up: MAE-ST rounds the places of the crops up, AdaMAE and VideoMAE down.
-    Raises ValueError for a short side below the size of the crops.
+    Args:
+        short_side: of the resized frame, in pixels; the resize is OpenCV's bilinear one to within a grey level.
+        size: side of the crops in pixels, at most short_side (the published code takes short_side for both).
+        num_crops: 1 is the centre, as in the published validation.
+        round_up: whether positions are rounded up, as in MAE-ST, or down, as in AdaMAE and VideoMAE.
+
+    Raises:
+        SettingError: the short side is less than the size of the crops.
     """
 
     def __init__(self, *, short_side: int, size: int, num_crops: int = 1, round_up: bool = False):
         if short_side < size:
-            raise ValueError(f"--short_side_size {short_side} is less than --input_size {size}")
+            raise SettingError(f"--short_side_size {short_side} is less than --input_size {size}")
         self.short_side = short_side
         self.size = size
         self.num_crops = num_crops
         self.round_up = round_up
 
     def resized_shape(self, height: int, width: int) -> tuple[int, int]:
-        """(H,W) of a frame after the resize; the long side is rounded down."""
+        """Returns (H,W) of a frame after the resize; the long side is rounded down."""
         short = min(height, width)
         return self.short_side * height // short, self.short_side * width // short
 
     def corners(self, height: int, width: int) -> list[tuple[int, int]]:
-        """(top,left) of each crop of a resized frame, along its long side."""
+        """Returns (top,left) of each crop of a resized frame, along its long side."""
         rooms = (height - self.size, width - self.size)
         middle = [math.ceil(room / 2) if self.round_up else round(room / 2) for room in rooms]
         if self.num_crops == 1:
@@ -213,13 +221,13 @@ class EvenCrops:
 
 
 class ColorJitter:
-    """Brightness, contrast and saturation times a factor each, uniform in 1 - strength ... 1 + strength."""
+    """Scales brightness, contrast and saturation by a factor each, uniform in 1 - strength ... 1 + strength."""
 
     def __init__(self, *, strength: float):
         self.strength = strength
 
     def draw(self, rng: np.random.Generator) -> tuple[float, float, float]:
-        """The factors of brightness, contrast and saturation for one clip."""
+        """Draws the factors of brightness, contrast and saturation for one clip."""
         return tuple(rng.uniform(max(0.0, 1 - self.strength), 1 + self.strength, size=3).tolist())
 
     def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
@@ -231,7 +239,7 @@ class ColorJitter:
 
 
 class Chain:
-    """Transforms one after the other, all drawing from the same generator."""
+    """Transforms in sequence, all drawing from the same generator."""
 
     def __init__(self, *, transforms: Sequence[ClipTransform]):
         self.transforms = transforms
@@ -242,31 +250,26 @@ class Chain:
         return clip
 
 
-def build_pretrain_transform(
-    crop: str,
-    *,
-    size: int,
-    scale: tuple[float, float] = (0.5, 1.0),
-    ratio: tuple[float, float] = (0.75, 1.3333),
-    flip: float | None = None,
-    interpolation: str = "bilinear",
-    color_jitter: float = 0.0,
-) -> ClipTransform:
-    """The pre-training transform of a name: "multi_scale" or "random_resized".
+CROPS = {"multi_scale": MultiScaleCrop, "random_resized": RandomResizedCrop}  # of pre-training
 
-    scale and ratio are those of `RandomResizedCrop` and say nothing to "multi_scale". flip None means what
-    the published code of each does: never for "multi_scale", half the time for "random_resized".
-    Raises ValueError for another name.
+
+def build_pretrain_transform(
+    crop: str, *, size: int, interpolation: str = "bilinear", color_jitter: float = 0.0
+) -> ClipTransform:
+    """Builds the pre-training transform.
+
+    Args:
+        crop: "multi_scale" (never mirrored) or "random_resized" (mirrored half the time), as published.
+        size: side of the crop in pixels.
+        interpolation: "bilinear" or "bicubic".
+        color_jitter: see `ColorJitter`; 0 is off.
+
+    Raises:
+        SettingError: the crop is unknown.
     """
-    settings = {"size": size, "interpolation": interpolation}
-    if flip is not None:
-        settings["flip"] = flip
-    if crop == "multi_scale":
-        view = MultiScaleCrop(**settings)
-    elif crop == "random_resized":
-        view = RandomResizedCrop(scale=scale, ratio=ratio, **settings)
-    else:
-        raise ValueError(f'unknown crop "{crop}": choose "multi_scale" or "random_resized"')
+    if crop not in CROPS:
+        raise SettingError(f"--crop {crop}: choose one of {', '.join(CROPS)}")
+    view = CROPS[crop](size=size, interpolation=interpolation)
     if color_jitter == 0:
         return view
     return Chain(transforms=(view, ColorJitter(strength=color_jitter)))

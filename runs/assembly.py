@@ -77,10 +77,7 @@ def open_session(args: argparse.Namespace, flags: Flags, signals: StopSignals, t
     )
     console = Console(total_steps=0, show=world.is_main)
     log = RunLog(
-        output_dir=args.output_dir,
-        log_dir=args.log_dir or args.output_dir,
-        show=world.is_main,
-        warn=console.warn,
+        output_dir=args.output_dir, log_dir=args.log_dir or args.output_dir, show=world.is_main, warn=console.warn
     )
     to_close.callback(log.close)
     return Session(args, flags, world, console, log, signals, to_close)

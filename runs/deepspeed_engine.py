@@ -64,9 +64,7 @@ class DeepSpeedEngine(Engine):
         self.groups = [group["params"] for group in optimizer.param_groups]  # ZeRO replaces them by flat ones
         join_alone(device, deepspeed)
         self.forward_model, *_ = deepspeed.initialize(
-            model=Autocast(model, device.type, self.amp),
-            optimizer=optimizer,
-            config=self._config(zero_stage, compress),
+            model=Autocast(model, device.type, self.amp), optimizer=optimizer, config=self._config(zero_stage, compress)
         )
         self.zero = self.forward_model.optimizer if zero_stage else None
         self.full_gradient = deepspeed.utils.safe_get_full_grad
@@ -148,9 +146,7 @@ class DeepSpeedEngine(Engine):
             super().load_state_dict(state)
             return
         flat = [group["params"][0] for group in self.optimizer.param_groups]
-        super().load_state_dict(
-            {**state, "optimizer": shard_optimizer_state(state["optimizer"], self.groups, flat)}
-        )
+        super().load_state_dict({**state, "optimizer": shard_optimizer_state(state["optimizer"], self.groups, flat)})
         self.zero.refresh_fp32_params()
         if state["scaler"]:
             self.zero.loss_scale = self.scaler.get_scale()

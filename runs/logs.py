@@ -41,10 +41,7 @@ class RunLog:
 
     def epoch(self, values: dict) -> None:
         if self.output_dir is not None:
-            with (
-                self._unless_disk_fails(self.output_dir / "log.txt"),
-                (self.output_dir / "log.txt").open("a") as f,
-            ):
+            with self._unless_disk_fails(self.output_dir / "log.txt"), (self.output_dir / "log.txt").open("a") as f:
                 f.write(json.dumps(values) + "\n")
 
     def _write_events(self, write: Callable[[SummaryWriter], None]) -> None:

@@ -79,9 +79,7 @@ def _join(device: str, dist_url: str, local_rank: int, rank: int, size: int, dis
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=1.5 * timeout)
         _no_time_limit.append(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
     except dist.DistError as error:
-        where = (
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if "env" in dist_url else dist_url
-        )
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if "env" in dist_url else dist_url
         raise SettingError(
             f"rank {rank} on host {socket.gethostname()}: {size} processes did not meet at {where} within "
             f"--dist_timeout {dist_timeout:g} seconds: {str(error).splitlines()[0]}"

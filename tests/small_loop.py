@@ -31,12 +31,7 @@ def small_loop(rank: int, port: int, trouble: str, victim: int, log: str) -> Non
         trouble: as in `get_into`; or "finish", where the other rank goes on alone for another 1.5 timeouts; or "".
         log: file that takes what goes to stderr.
     """
-    os.environ |= {
-        "SLURM_PROCID": str(rank),
-        "SLURM_LOCALID": str(rank),
-        "SLURM_NTASKS": "2",
-        "SLURM_STEP_ID": "0",
-    }
+    os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
     os.environ |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)}
     os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 2)
     torch.set_num_threads(1)

@@ -5,8 +5,8 @@ from pathlib import PurePath
 
 import pytest
 
-from clips.lists import NO_LABEL, parse_line, read_list, read_splits
-from tools.preparing.annotations import READERS, AnnotationError, Annotations, Entry, find_videos
+from clips.lists import NO_LABEL, find_videos, parse_line, read_list, read_splits
+from tools.preparing.annotations import READERS, AnnotationError, Annotations, Entry
 from tools.preparing.listing import Found, format_line, match, read_class_folders, write_lists
 
 
@@ -58,8 +58,7 @@ HEADER = "label,youtube_id,time_start,time_end,split\n"
 
 def test_kinetics_names_and_numbers(tmp_path):
     (tmp_path / "train.csv").write_text(
-        HEADER
-        + '"waxing back",-bc_1,5,15,train\nabseiling,x y,1000000,1000010,train\n"air drumming",b,0,10,train\n'
+        HEADER + '"waxing back",-bc_1,5,15,train\nabseiling,x y,1000000,1000010,train\n"air drumming",b,0,10,train\n'
     )
     (tmp_path / "validate.csv").write_text(HEADER + '"waxing back",v1,7,17,validate\n')
     (tmp_path / "test.csv").write_text(HEADER + "abseiling,t1,8,18,test\n")
@@ -97,9 +96,7 @@ def test_ucf101_split_and_numbers_from_one(tmp_path):
     annotations = read("UCF101", tmp_path, split=2)
     assert annotations.classes == ["ApplyEyeMakeup", "Archery"]
     assert annotations.splits["train"] == [("Archery/v_Archery_g08_c01", 1)]
-    assert (
-        annotations.splits["val"] == annotations.splits["test"] == [("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01", 0)]
-    )
+    assert annotations.splits["val"] == annotations.splits["test"] == [("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01", 0)]
     with pytest.raises(AnnotationError, match=r"trainlist01\.txt is missing"):
         read("UCF101", tmp_path)
     with pytest.raises(AnnotationError, match="official_test"):
@@ -186,9 +183,7 @@ def test_written_lists_are_read_as_they_were_meant(tmp_path):
     listed = [(PurePath("a b/1.mp4"), 0), (PurePath("#c/2 3.mp4"), 1)]
     write_lists(tmp_path, Found({"train": listed, "val": listed[:1], "test": listed[1:]}, [], []), ["x y", "z"])
     splits = read_splits(tmp_path, num_classes=2)
-    assert [tuple(splits["train"][k]) for k in range(2)] == [
-        (str(tmp_path / path), label) for path, label in listed
-    ]
+    assert [tuple(splits["train"][k]) for k in range(2)] == [(str(tmp_path / path), label) for path, label in listed]
     assert splits["test"].labels.tolist() == [1]
     assert (tmp_path / "labels.txt").read_text() == "x y\nz\n"
     assert not list(tmp_path.glob(".*"))

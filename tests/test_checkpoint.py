@@ -13,13 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from modeling_pretrain import create_pretrain_model
-from runs.checkpoints import (
-    CheckpointError,
-    epoch_checkpoints,
-    newest_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-)
+from runs.checkpoints import CheckpointError, epoch_checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
 from runs.resuming import check_resumable
 from weights.names import load_weights
 from weights.pretraining import load_pretrain_model
@@ -176,13 +170,7 @@ def test_a_published_checkpoint_tells_its_model(tmp_path, mask_type):
 
 
 def test_our_checkpoint_rebuilds_its_model_with_changes(tmp_path):
-    settings = {
-        "name": TINY,
-        "input_size": 32,
-        "num_frames": 8,
-        "mask_ratio": 0.75,
-        "pos_embed": "sinusoid_3d",
-    }
+    settings = {"name": TINY, "input_size": 32, "num_frames": 8, "mask_ratio": 0.75, "pos_embed": "sinusoid_3d"}
     model = create_pretrain_model(**settings)
     save_checkpoint(tmp_path / "a.pth", {"model": model.state_dict(), "model_settings": settings})
     loaded = load_pretrain_model(load_weights(tmp_path / "a.pth"), mask_ratio=0.5)
@@ -274,11 +262,7 @@ def test_a_prefix_chooses_and_is_removed(tmp_path):
 
 
 def test_flags_and_settings_come_with_the_weights(tmp_path):
-    state = {
-        "model": {"w": torch.zeros(1)},
-        "args": argparse.Namespace(num_frames=8),
-        "model_settings": {"name": "x"},
-    }
+    state = {"model": {"w": torch.zeros(1)}, "args": argparse.Namespace(num_frames=8), "model_settings": {"name": "x"}}
     save_checkpoint(tmp_path / "a.pth", state)
     found = load_weights(tmp_path / "a.pth")
     assert found.flags == {"num_frames": 8} and found.settings == {"name": "x"} and found.kind == ""

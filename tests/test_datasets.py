@@ -58,9 +58,7 @@ def dataset(videos, transform=TRANSFORM, max_tries=10, **settings):
 
 
 def loader(videos, num_sample=1, decoder="auto", **loading):
-    return build_training_loader(
-        dataset(videos, num_sample=num_sample, decoder=decoder), replace(LOADING, **loading)
-    )
+    return build_training_loader(dataset(videos, num_sample=num_sample, decoder=decoder), replace(LOADING, **loading))
 
 
 def keep(clip, rng):
@@ -110,11 +108,11 @@ def test_a_line_is_a_path_and_perhaps_a_label(line, expected):
         ("a.mp4 3.0", "3.0"),
         ("a.mp4 300 4", '"300"'),  # path, number of frames, label
         ("a.mp4 -2", "negative"),
-        ("a.mp4,", 'stands ","'),
+        ("a.mp4,", 'followed by ","'),
         ("label,youtube_id,time_start", "heading"),
         (",3", "comma"),
         ('"" 3', "empty"),
-        ("ftyp\0isom", "no text"),
+        ("ftyp\0isom", "not text"),
     ],
 )
 def test_a_malformed_line_is_an_error_with_its_file_and_number(tmp_path, line, complaint):
@@ -343,9 +341,7 @@ def test_the_replacement_does_not_depend_on_what_was_wrong(videos):
 
 def test_an_attempt_has_a_generator_of_its_own(videos):
     data = dataset(videos)
-    draws = {
-        tuple(data._draw(*key)[0].random(2)) for key in [(0, 1, 0), (0, 1, 1), (0, 1, 2), (1, 0, 1), (0, 2, 1)]
-    }
+    draws = {tuple(data._draw(*key)[0].random(2)) for key in [(0, 1, 0), (0, 1, 1), (0, 1, 2), (1, 0, 1), (0, 2, 1)]}
     assert len(draws) == 5
     assert data._draw(3, 4, 0)[1] == 4 and 4 not in {data._draw(e, 4, a)[1] for e in range(9) for a in range(1, 9)}
 
@@ -377,9 +373,7 @@ def test_check_readable_names_the_list_and_the_reasons(folder):
 def samplers(world_size, **settings):
     num_videos, seed = settings.pop("num_videos", 103), settings.pop("seed", 0)
     loading = LoadSettings(**{"batch_size": 4, "world_size": world_size, **settings})
-    return [
-        EpochSampler(num_videos=num_videos, seed=seed, loading=replace(loading, rank=r)) for r in range(world_size)
-    ]
+    return [EpochSampler(num_videos=num_videos, seed=seed, loading=replace(loading, rank=r)) for r in range(world_size)]
 
 
 def indices(sampler):

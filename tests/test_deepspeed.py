@@ -23,8 +23,7 @@ CPU = torch.device("cpu")
 SIZE = Size(dim=24, depth=2, heads=2, decoder_dim=16, decoder_heads=2)
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None,
-    reason="DeepSpeed is not installed (bash scripts/env.sh installs it)",
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (bash scripts/env.sh installs it)"
 )
 every_stage = pytest.mark.parametrize("stage", [0, 1, 2])
 
@@ -112,9 +111,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(stage):
     assert not torch.equal(engine.module.head.weight, weights["head.weight"])
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [(0, None), (1, None), (2, None), (None, 1), (None, 2), (1, 2), (2, 0)]
-)
+@pytest.mark.parametrize(("before", "after"), [(0, None), (1, None), (2, None), (None, 1), (None, 2), (1, 2), (2, 0)])
 def test_a_checkpoint_goes_on_under_another_engine(before, after, tmp_path):
     settings = {"ema_decay": 0.7}
     straight, first = make_engine(None, **settings), make_engine(before, **settings)
@@ -205,13 +202,7 @@ def test_a_frozen_encoder_stays_as_it_is():
     train(engine, 2)
     after = engine.state_dict()["model"]
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert changed == {
-        "head.weight",
-        "head.bias",
-        "norm.running_mean",
-        "norm.running_var",
-        "norm.num_batches_tracked",
-    }
+    assert changed == {"head.weight", "head.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
 
 
 def test_what_zero_cannot_do_is_said():

@@ -140,9 +140,7 @@ def test_a_rank_that_dies_is_named_at_once(forks, tmp_path, victim):
     statuses, stderr, seconds = run_small_loop(forks, tmp_path, "die", victim)
     assert sorted(statuses) == [-signal.SIGKILL, 1]
     named = "can't be reached any more" if victim == 0 else r"is gone \(last heartbeat: batch \d\)"
-    assert re.search(rf"rank {1 - victim} on host {HOST}: .*; rank {victim} on host {HOST} {named}", stderr), (
-        stderr
-    )
+    assert re.search(rf"rank {1 - victim} on host {HOST}: .*; rank {victim} on host {HOST} {named}", stderr), stderr
     assert seconds < 3 * TIMEOUT
 
 
@@ -159,8 +157,7 @@ def test_a_rank_whose_loop_hangs_is_named_in_time_and_shows_where(forks, tmp_pat
     statuses, stderr, seconds = run_small_loop(forks, tmp_path, "hang", victim)
     assert statuses == [1, 1]
     assert re.search(
-        rf"rank 0 on host {HOST}: rank {victim} on host {HOST} hangs, for \d+ s \(last heartbeat: batch 9\); ",
-        stderr,
+        rf"rank 0 on host {HOST}: rank {victim} on host {HOST} hangs, for \d+ s \(last heartbeat: batch 9\); ", stderr
     )
     assert f"rank {1 - victim} on host {HOST} hangs" not in stderr
     assert re.search(rf'small_loop.py", line {line_of("time.sleep(60)")} in get_into', stderr)
@@ -183,9 +180,7 @@ def test_processes_that_do_not_meet_say_so(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        ValueError, match=rf"rank 0 on host {HOST}: 2 processes did not meet at localhost:\d+ within"
-    ):
+    with pytest.raises(ValueError, match=rf"rank 0 on host {HOST}: 2 processes did not meet at localhost:\d+ within"):
         start_world("cpu", dist_timeout=1.0)
 
 
@@ -199,14 +194,7 @@ def flags(tmp_path_factory) -> list[str]:
     for i in range(4):
         write_video(folder / f"{i}.mp4", 20 + i, size=(40, 48))
     (folder / "list.csv").write_text("".join(f"{i % 4}.mp4 0\n" for i in range(24)))
-    return [
-        str(ROOT / "run_mae_pretraining.py"),
-        *SMALL_RUN,
-        "--batch_size",
-        "1",
-        "--data_path",
-        f"{folder}/list.csv",
-    ]
+    return [str(ROOT / "run_mae_pretraining.py"), *SMALL_RUN, "--batch_size", "1", "--data_path", f"{folder}/list.csv"]
 
 
 class Started:

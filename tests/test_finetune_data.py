@@ -118,11 +118,7 @@ def test_flags_replace_entries_of_the_table():
         2,
         1,
     )
-    assert resolve_data_set("custom", num_classes=12, sampling="segments", flip=False)[:3] == (
-        12,
-        "segments",
-        False,
-    )
+    assert resolve_data_set("custom", num_classes=12, sampling="segments", flip=False)[:3] == (12, "segments", False)
 
 
 @pytest.mark.parametrize(
@@ -261,10 +257,7 @@ def test_validation_is_the_middle_clip_or_a_drawn_one(videos):
 
 @pytest.mark.parametrize(
     "sampling, rule",
-    [
-        ("dense", lambda n, v: dense_views(n, FRAMES, RATE, v)),
-        ("segments", lambda n, v: segment_views(n, FRAMES, v)),
-    ],
+    [("dense", lambda n, v: dense_views(n, FRAMES, RATE, v)), ("segments", lambda n, v: segment_views(n, FRAMES, v))],
 )
 @pytest.mark.parametrize("segments", [1, 2, 5])
 def test_a_test_shows_every_segment_by_every_crop(videos, monkeypatch, sampling, rule, segments):
@@ -328,9 +321,7 @@ def test_ranks_see_every_video_once_whatever_the_remainder(num_videos, world_siz
     ranks = [EvalSampler(num_videos=num_videos, rank=r, world_size=world_size) for r in range(world_size)]
     assert sorted(i for rank in ranks for i in rank) == list(range(num_videos))
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
-    alone = [
-        EvalSampler(num_videos=num_videos, rank=r, world_size=world_size, spread=False) for r in range(world_size)
-    ]
+    alone = [EvalSampler(num_videos=num_videos, rank=r, world_size=world_size, spread=False) for r in range(world_size)]
     assert [list(rank) for rank in alone] == [list(range(num_videos))] + [[]] * (world_size - 1)
 
 

@@ -36,7 +36,7 @@ class Recorder:
         return low if self.end == "low" else high
 
 
-# ---------------------------------------------------------------------------- equal to the published code
+# --- equal to the published code ----------------------------------------------------------------------------
 
 
 @needs_golden
@@ -104,7 +104,7 @@ def test_mae_st(row):
     assert frame_indices.mae_st_clip(*size).tolist() == centre.tolist()
 
 
-# ----------------------------------------------------------------------------------- true of every rule
+# --- true of every rule -------------------------------------------------------------------------------------
 
 RULES = {
     "pretrain": lambda frames, rng: frame_indices.pretrain_clip(frames, 16, 4, rng),
@@ -158,7 +158,7 @@ def test_one_view_is_the_middle_one(rule):
     assert view.tolist() == VIEWS[rule](300, 3)[1].tolist() or rule == "segments"
 
 
-# --------------------------------------------------------------- where the published code is not followed
+# --- where the published code is not followed ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_frames", range(1, 16))

@@ -18,15 +18,7 @@ PRODUCT_LINES = 10_934  # before the rooms were built
 LEVELS = (  # a file imports from its own level or below
     ("utils",),
     ("clips",),
-    (
-        "augment",
-        "masking_generator",
-        "modeling_blocks",
-        "modeling_finetune",
-        "modeling_pretrain",
-        "targets",
-        "probes",
-    ),
+    ("augment", "masking_generator", "modeling_blocks", "modeling_finetune", "modeling_pretrain", "targets", "probes"),
     ("datasets", "loaders", "optim", "runs", "weights", "pictures"),
     ("engine_for_pretraining", "engine_for_finetuning", "evaluation"),
     ("run_mae_pretraining", "run_class_finetuning", "tools", "benchmarks"),

@@ -155,13 +155,7 @@ def test_script_submitted_by_sbatch_itself_is_the_same_job(cluster):
 
 @pytest.mark.parametrize(
     ("statuses", "status", "requeued"),
-    [
-        ("75 75", 75, True),
-        ("0 0", 0, False),
-        ("1 75", 75, True),
-        ("1 0", 1, False),
-        ("75 137", 137, False),
-    ],
+    [("75 75", 75, True), ("0 0", 0, False), ("1 75", 75, True), ("1 0", 1, False), ("75 137", 137, False)],
 )
 def test_only_a_job_that_saved_after_a_signal_is_requeued(cluster, statuses, status, requeued):
     _, script = cluster.submit(ADAMAE)

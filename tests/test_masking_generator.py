@@ -157,14 +157,7 @@ def test_impossible_settings_are_refused(mask_type, ratio, words):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {},
-        {"depth": 2},
-        {"width": 16},
-        {"width": 16, "depth": 2},
-        {"kind": "mlp"},
-        {"kind": "mlp", "width": 8},
-    ],
+    [{}, {"depth": 2}, {"width": 16}, {"width": 16, "depth": 2}, {"kind": "mlp"}, {"kind": "mlp", "width": 8}],
 )
 def test_sampler_networks_score_every_token(settings):
     network = sampler_network(dim=32, **settings)

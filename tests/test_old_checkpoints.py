@@ -64,10 +64,7 @@ def test_a_run_stopped_by_the_old_code_ends_as_the_old_code_ended_it(kind, nano,
 
     state = read_checkpoint(tmp_path / "checkpoint-1.pth")
     with safe_open(FILES / f"{kind}-end.safetensors", "pt") as end:
-        same_machine = end.metadata() == {
-            "torch": torch.__version__,
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-        }
+        same_machine = end.metadata() == {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
         for name in end.keys():  # noqa: SIM118 - not a dict
             part, _, key = name.partition(".")
             if same_machine:

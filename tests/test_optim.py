@@ -32,9 +32,7 @@ def test_schedules_equal_the_published_tables(name):
     steps = s["epochs"] * s["steps_per_epoch"]
     warmup = s["warmup_steps"] if s["warmup_steps"] > 0 else s["warmup_epochs"] * s["steps_per_epoch"]
     ours = [
-        cosine_schedule(
-            i, peak=s["base"] * scale, final=s["final"] * scale, total_steps=steps, warmup_steps=warmup
-        )
+        cosine_schedule(i, peak=s["base"] * scale, final=s["final"] * scale, total_steps=steps, warmup_steps=warmup)
         for i in range(steps)
     ]
     theirs = arrays("schedules")[name]
@@ -109,9 +107,7 @@ def test_parameter_groups_equal_the_published_ones(name):
         layer_decay=scales[-2] if len(scales) > 1 else None,
     )
     names = {id(p): n for n, p in model.named_parameters()}
-    ours = {
-        (g["weight_decay"], g["lr_scale"]): {names[id(p)] for p in g["params"]} for g in optimizer.param_groups
-    }
+    ours = {(g["weight_decay"], g["lr_scale"]): {names[id(p)] for p in g["params"]} for g in optimizer.param_groups}
     assert len(ours) == len(optimizer.param_groups)
     assert ours == {(g["weight_decay"], g.get("lr_scale", 1.0)): set(g["params"]) for g in golden}
 
@@ -151,11 +147,7 @@ def test_lars_adapts_matrices_and_not_biases_without_weight_decay():
     layer = nn.Linear(4, 3)
     nn.init.ones_(layer.bias)
     before = copy.deepcopy(layer)
-    engine = Engine(
-        layer,
-        create_optimizer(layer, opt="lars", lr=0.5, weight_decay=0.0),
-        device=torch.device("cpu"),
-    )
+    engine = Engine(layer, create_optimizer(layer, opt="lars", lr=0.5, weight_decay=0.0), device=torch.device("cpu"))
     x = torch.randn(8, 4)
     before(x).square().sum().backward()
     engine.backward(engine(x).square().sum())

@@ -390,9 +390,7 @@ def test_check_finds_what_is_wrong_and_passes_what_is_right(tmp_path):
     (tmp_path / "val.csv").write_text("gone.mp4 0\ngood one.mp4 0\n")
     wrong = prepare("--check", "--input", tmp_path, "--nb_classes", 2, "--workers", 2, "--output", tmp_path / "o")
     assert wrong.returncode == 1 and "5 faults" in wrong.stdout
-    found = {
-        (os.path.basename(row["list"]), int(row["line"])): row["reason"] for row in rows(tmp_path / "o/check.csv")
-    }
+    found = {(os.path.basename(row["list"]), int(row["line"])): row["reason"] for row in rows(tmp_path / "o/check.csv")}
     assert set(found) == {("train.csv", 1), ("train.csv", 3), ("train.csv", 4), ("train.csv", 5), ("val.csv", 1)}
     assert "the label 2, not one from 0 to 1" in found["train.csv", 1] and "no label" in found["train.csv", 5]
     assert "dancing" in found["train.csv", 4] and "No such file" in found["val.csv", 1]

@@ -412,9 +412,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
     raise AssertionError(process.stderr.read())
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, SAVED), (signal.SIGUSR1, SAVED), (signal.SIGINT, 130)]
-)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, SAVED), (signal.SIGUSR1, SAVED), (signal.SIGINT, 130)])
 def test_a_signal_to_all_processes_of_a_run(number, status, data, tmp_path):
     """As Ctrl-C and SLURM send it: the data workers get it too. No process is left behind."""
     process = begin("pretraining", data, tmp_path, "--epochs", "500", "--log_freq", "1", "--num_workers", "2")

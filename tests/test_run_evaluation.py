@@ -113,9 +113,7 @@ def test_a_setting_unlike_that_of_the_file_is_named_with_both_values(data, tmp_p
     assert_refused(run(data, "", "--eval", "--finetune", path, *flags), str(path), *words)
 
 
-@pytest.mark.parametrize(
-    "probe", [{"kind": "linear", "batch_norm": True}, {"kind": "attentive", "batch_norm": False}]
-)
+@pytest.mark.parametrize("probe", [{"kind": "linear", "batch_norm": True}, {"kind": "attentive", "batch_norm": False}])
 def test_a_probe_is_tested_with_its_own_flags_only(data, tmp_path, probe):
     path = write(tmp_path / "probe.pth", probe=probe)
     own = ["--linear_probe", "--probe_batch_norm"] if probe["kind"] == "linear" else ["--attentive_probe"]

@@ -154,16 +154,7 @@ def test_logits_can_be_averaged_instead(straight, data, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        [
-            "--linear_probe",
-            "--probe_batch_norm",
-            "--opt",
-            "lars",
-            "--weight_decay",
-            "0",
-            "--layer_decay",
-            "1",
-        ],
+        ["--linear_probe", "--probe_batch_norm", "--opt", "lars", "--weight_decay", "0", "--layer_decay", "1"],
         ["--attentive_probe", "--mixup", "0", "--cutmix", "0", "--smoothing", "0"],
         ["--linear_probe", "--opt", "sgd"],
     ],
@@ -182,19 +173,7 @@ def test_probes_train_the_head_alone(data, pretrained, tmp_path, flags):
     "flags",
     [
         ["--sampling", "segments", "--flip", "false", "--update_freq", "2", "--clip_grad", "1", "--slot_pooling"],
-        [
-            "--use_cls",
-            "--use_checkpoint",
-            "--drop",
-            "0.1",
-            "--aa",
-            "none",
-            "--amp",
-            "bf16",
-            "--crop_scale",
-            "0.5",
-            "1",
-        ],
+        ["--use_cls", "--use_checkpoint", "--drop", "0.1", "--aa", "none", "--amp", "bf16", "--crop_scale", "0.5", "1"],
         ["--model", "vit_tiny_mae_st_patch8_64", "--fc_drop_rate", "0.3", "--num_frames", "8"],
         ["--enable_deepspeed", "--zero_stage", "1"],
         ["--disable_eval_during_finetuning", "--no_save_ckpt", "--recount", "2", "--num_sample", "2"],

@@ -61,14 +61,7 @@ def test_a_run_leaves_checkpoints_log_and_scalars(straight):
     output, console = straight
     assert {p.name for p in output.glob("*.pth")} == {"checkpoint-0.pth", "checkpoint-1.pth"}
     assert [entry["epoch"] for entry in log(output)] == [0, 1]
-    expected = {
-        "loss_reconstruction",
-        "loss_sampling",
-        "probs_entropy",
-        "probs_max",
-        "data_wait",
-        "bad_videos",
-    }
+    expected = {"loss_reconstruction", "loss_sampling", "probs_entropy", "probs_max", "data_wait", "bad_videos"}
     assert expected | {"clips_per_second", "lr"} <= set(log(output)[0])
     assert any(output.glob("events.out.tfevents.*"))
     assert "12 of 128 tokens visible" in console
@@ -140,14 +133,7 @@ def test_an_unreadable_video_is_reported_counted_and_replaced(data, tmp_path):
     lines = [f"{data}/{i}.mp4 0\n" for i in range(7)] + [f"{broken} 1\n"]
     (tmp_path / "list.csv").write_text("".join(lines))
     done = start(
-        main,
-        *SMALL_RUN,
-        "--epochs",
-        "1",
-        "--data_path",
-        tmp_path / "list.csv",
-        "--output_dir",
-        tmp_path / "out",
+        main, *SMALL_RUN, "--epochs", "1", "--data_path", tmp_path / "list.csv", "--output_dir", tmp_path / "out"
     )
     assert done.returncode == 0, done.stderr
     assert f"unreadable video, replaced by another: {broken}" in done.stderr
@@ -221,14 +207,7 @@ def test_losses_that_stay_not_finite_end_the_run(data, tmp_path):
 
 def test_another_model_does_not_resume(straight, data):
     done = start(
-        main,
-        *SMALL_RUN,
-        "--data_path",
-        data / "list.csv",
-        "--output_dir",
-        straight[0],
-        "--decoder_depth",
-        "2",
+        main, *SMALL_RUN, "--data_path", data / "list.csv", "--output_dir", straight[0], "--decoder_depth", "2"
     )
     assert done.returncode != 0
     assert "decoder_depth = 1, this run has decoder_depth = 2" in done.stderr
@@ -236,11 +215,7 @@ def test_another_model_does_not_resume(straight, data):
 
 def test_lists_without_a_readable_video_or_with_a_bad_line(tmp_path):
     (tmp_path / "empty.mp4").write_bytes(b"")
-    lists = {
-        "empty.mp4 0\n": "empty.mp4",
-        "a.mp4 0\nb.mp4 1 one\n": "list.csv, line 2",
-        "": "is empty",
-    }
+    lists = {"empty.mp4 0\n": "empty.mp4", "a.mp4 0\nb.mp4 1 one\n": "list.csv, line 2", "": "is empty"}
     for text, words in lists.items():
         (tmp_path / "list.csv").write_text(text)
         done = start(main, *SMALL_RUN, "--data_path", tmp_path / "list.csv")

@@ -221,9 +221,7 @@ def test_documents_name_only_flags_of_the_programs():
 
 def test_arguments_and_environment_override_the_recipe(tmp_path):
     out = tmp_path / "a folder"
-    args = parsed(
-        ADAMAE, "--epochs", "3", "--decoder", "decord", BATCH_SIZE=16, DATA_PATH="a list.csv", OUTPUT_DIR=out
-    )
+    args = parsed(ADAMAE, "--epochs", "3", "--decoder", "decord", BATCH_SIZE=16, DATA_PATH="a list.csv", OUTPUT_DIR=out)
     assert (args.epochs, args.decoder, args.batch_size, args.update_freq) == (3, "decord", 16, 128)
     assert (args.data_path, args.output_dir, args.log_dir) == ("a list.csv", str(out), str(out))
 
@@ -314,10 +312,7 @@ def test_launch_starts_the_processes(tmp_path):
     done = run(recipe, "--more", DATA_PATH="train.csv", OUTPUT_DIR="out", NPROC_PER_NODE=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     expected = "--data_path train.csv --output_dir out --log_dir out --batch_size 2 --update_freq 2 --more"
-    assert {path.name: path.read_text() for path in tmp_path.glob("* of *")} == {
-        "0 of 2": expected,
-        "1 of 2": expected,
-    }
+    assert {path.name: path.read_text() for path in tmp_path.glob("* of *")} == {"0 of 2": expected, "1 of 2": expected}
 
 
 # --- environment and requirements ---------------------------------------------------------------------------

@@ -4,15 +4,7 @@ import pytest
 import torch
 from golden import needs_golden, tensors
 
-from targets import (
-    LOG_P_RANGE,
-    create_target,
-    patch_statistics,
-    patchify,
-    sampling_loss,
-    trained_target,
-    unpatchify,
-)
+from targets import LOG_P_RANGE, create_target, patch_statistics, patchify, sampling_loss, trained_target, unpatchify
 from utils import SettingError
 
 NORMALISED = create_target("pixels", patch=8)

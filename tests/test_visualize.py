@@ -292,17 +292,7 @@ def test_draws_some_videos_of_a_list(tmp_path, checkpoint, monkeypatch):
         write_video(tmp_path / f"{k}.mp4", 8)
     (tmp_path / "val.csv").write_text("".join(f"{k}.mp4 {k}\n" for k in range(5)))
     output = tmp_path / "pictures"
-    run(
-        monkeypatch,
-        "--model",
-        checkpoint,
-        "--list",
-        tmp_path / "val.csv",
-        "--num_clips",
-        3,
-        "--output",
-        output,
-    )
+    run(monkeypatch, "--model", checkpoint, "--list", tmp_path / "val.csv", "--num_clips", 3, "--output", output)
     assert sorted(p.name for p in output.glob("*.gif")) == ["0.gif", "2.gif", "4.gif"]
 
 

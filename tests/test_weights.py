@@ -236,9 +236,7 @@ def test_huggingface_classifier(tmp_path, mean_pooling, published_names):
         torch.nn.init.normal_(p, std=0.1)
     weights = theirs.state_dict()
     if published_names:
-        weights = {
-            k.replace("query.bias", "q_bias").replace("value.bias", "v_bias"): v for k, v in weights.items()
-        }
+        weights = {k.replace("query.bias", "q_bias").replace("value.bias", "v_bias"): v for k, v in weights.items()}
     save_file(weights, tmp_path / "model.safetensors")
     model = rebuild(tmp_path, report=quiet, **SMALL)
     clip = torch.randn(2, 3, 4, 32, 32)
@@ -258,11 +256,7 @@ def test_huggingface_classifier(tmp_path, mean_pooling, published_names):
             r"\(width 128, 4 blocks, patch 8\): patch_embed\.proj\.weight is \(384, 3, 2, 16, 16\) "
             r"in the file and \(128, 3, 2, 8, 8\) in the model, and \d+ more",
         ),
-        (
-            {"tubelet": 1},
-            {},
-            r"patch_embed\.proj\.weight is \(128, 3, 1, 8, 8\) in the file and \(128, 3, 2, 8, 8\)",
-        ),
+        ({"tubelet": 1}, {}, r"patch_embed\.proj\.weight is \(128, 3, 1, 8, 8\) in the file and \(128, 3, 2, 8, 8\)"),
         ({"name": TINY_MAE_ST}, {}, r"MAE-ST classifier .* does not fit the VideoMAE classifier"),
         ({}, {"name": TINY_MAE_ST}, r"VideoMAE classifier .* does not fit the MAE-ST classifier"),
         ({"pos_embed": "learnable"}, {}, r": pos_embed is not in the model$"),
@@ -304,9 +298,7 @@ def test_another_depth_is_an_error(tmp_path, more):
 
 def test_one_weight_of_another_shape_is_named(tmp_path):
     weights = {**classifier().state_dict(), "fc_norm.bias": torch.zeros(64)}
-    with pytest.raises(
-        CheckpointError, match=r": fc_norm\.bias is \(64,\) in the file and \(128,\) in the model$"
-    ):
+    with pytest.raises(CheckpointError, match=r": fc_norm\.bias is \(64,\) in the file and \(128,\) in the model$"):
         load_into(classifier(), save(tmp_path, weights), report=quiet)
 
 
@@ -314,19 +306,14 @@ def test_a_head_of_other_classes_is_reported(tmp_path):
     model, path = classifier(num_classes=7), save(tmp_path, classifier(num_classes=5).state_dict())
     head, lines = model.head.weight.clone(), []
     report = load_into(model, path, report=lines.append)
-    assert torch.equal(model.head.weight, head) and report.fresh == report.ignored == [
-        "head.weight",
-        "head.bias",
-    ]
+    assert torch.equal(model.head.weight, head) and report.fresh == report.ignored == ["head.weight", "head.bias"]
     assert "head.weight dropped: (5, 128) in the file and (7, 128) in the model" in lines[0]
 
 
 def test_a_file_of_another_model_is_refused(tmp_path):
     path = save(tmp_path, {"model": {"conv1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}})
     for load in (lambda: load_into(classifier(), path), lambda: rebuild(path)):
-        with pytest.raises(
-            CheckpointError, match=r"no checkpoint of a known video ViT \(it holds conv1\.weight, "
-        ):
+        with pytest.raises(CheckpointError, match=r"no checkpoint of a known video ViT \(it holds conv1\.weight, "):
             load()
 
 
@@ -362,10 +349,7 @@ def test_mae_st_tables_follow_frames_and_pixels(tmp_path):
     temporal = resize_positions(source.pos_embed_temporal.data, (2, 1, 1), (4, 1, 1))
     assert torch.equal(model.pos_embed_spatial, spatial) and torch.equal(model.pos_embed_temporal, temporal)
     assert torch.equal(model.pos_embed_class, source.pos_embed_class)
-    assert report.fresh == ["head.weight", "head.bias"] and report.ignored == [
-        "mask_token",
-        "decoder_embed.weight",
-    ]
+    assert report.fresh == ["head.weight", "head.bias"] and report.ignored == ["mask_token", "decoder_embed.weight"]
     assert report.notes == [
         "pos_embed_spatial resized from 1x4x4 to 1x8x8 tokens",
         "pos_embed_temporal resized from 2x1x1 to 4x1x1 tokens",
@@ -499,9 +483,7 @@ def test_a_pretraining_checkpoint_has_features_but_no_classes(tmp_path, name):
     else:
         weights, encoder = mae_st_pretrain_weights(source), source
     path = save(tmp_path, {"model": weights, "args": argparse.Namespace(num_frames=4, input_size=32)})
-    with pytest.raises(
-        CheckpointError, match=r"pre-training checkpoint, which has no classifier: fine-tune it first"
-    ):
+    with pytest.raises(CheckpointError, match=r"pre-training checkpoint, which has no classifier: fine-tune it first"):
         rebuild(path, report=quiet)
     model = rebuild(path, headless=True, report=quiet)
     assert model(clip_for(model)).shape == (2, 128)

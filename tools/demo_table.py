@@ -79,9 +79,7 @@ def table(report: dict[str, dict]) -> str:
     for name, r in report.items():
         gain = "-" if name == last else f"{r['gain']:+.1f} ± {r['gain_error']:.1f}"
         before = f"{r['pretraining_seconds']:.0f}" if r["pretraining_seconds"] else "-"
-        lines.append(
-            f"| {name} | {r['top1']:.1f} ± {r['top1_error']:.1f} | {gain} | {r['seconds']:.0f} | {before} |"
-        )
+        lines.append(f"| {name} | {r['top1']:.1f} ± {r['top1_error']:.1f} | {gain} | {r['seconds']:.0f} | {before} |")
     return "\n".join(lines) + "\n"
 
 

@@ -85,9 +85,7 @@ def clip_features(clips: Tensor, *, model: nn.Module, pool: str) -> Tensor:
     return tokens if pool == "tokens" else encoder.final_norm(tokens.mean((2, 3)))  # (B,T',D)
 
 
-def extract(
-    trained: Trained, loader: DataLoader, *, pool: str, dtype: str
-) -> Iterator[tuple[int, Features | str]]:
+def extract(trained: Trained, loader: DataLoader, *, pool: str, dtype: str) -> Iterator[tuple[int, Features | str]]:
     """Yields the number of each video and its features, or the reason why it can't be read."""
     function = partial(clip_features, model=trained.model, pool=pool)
     under_way = defaultdict(list)  # (frames, features) of the windows so far, by video

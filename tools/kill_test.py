@@ -41,15 +41,7 @@ PROGRAMS = {
         *("--decoder_depth", "1", "--vis_freq", "0"),
     ],
     "finetuning": [
-        *(
-            "run_class_finetuning.py",
-            "--model",
-            "vit_tiny_patch8_64",
-            "--data_set",
-            "custom",
-            "--nb_classes",
-            "10",
-        ),
+        *("run_class_finetuning.py", "--model", "vit_tiny_patch8_64", "--data_set", "custom", "--nb_classes", "10"),
         *("--model_ema", "--model_ema_decay", "0.9", "--test_num_segment", "1", "--test_num_crop", "1"),
     ],
 }
@@ -141,9 +133,7 @@ def differences(ours, theirs, where: str = "") -> list[str]:
             d for key in ours.keys() & theirs.keys() for d in differences(ours[key], theirs[key], f"{where}/{key}")
         ]
     if isinstance(theirs, list):
-        return [
-            d for i, pair in enumerate(zip(ours, theirs, strict=True)) for d in differences(*pair, f"{where}/{i}")
-        ]
+        return [d for i, pair in enumerate(zip(ours, theirs, strict=True)) for d in differences(*pair, f"{where}/{i}")]
     return [] if ours == theirs else [where]
 
 
@@ -168,8 +158,7 @@ def main() -> int:
     name = f"checkpoint-{EPOCHS - 1}.pth"
     try:
         ends = [
-            {k: v for k, v in read_checkpoint(folder / name).items() if k in COMPARED}
-            for folder in (killed, straight)
+            {k: v for k, v in read_checkpoint(folder / name).items() if k in COMPARED} for folder in (killed, straight)
         ]
     except CheckpointError as error:
         raise SystemExit(str(error)) from error

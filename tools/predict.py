@@ -49,17 +49,12 @@ def build_loader(
 ) -> DataLoader:
     """Returns a loader of all views of each video, in batches of `batch_size` clips or one video."""
     clips, n = trained.clips, len(paths)
-    videos = VideoList(
-        list_path="", root="", paths=list(paths), labels=[NO_LABEL] * n, lines=list(range(1, n + 1))
-    )
+    videos = VideoList(list_path="", root="", paths=list(paths), labels=[NO_LABEL] * n, lines=list(range(1, n + 1)))
     dataset = EvalDataset(
         videos=videos,
         crops=clips.make_crops(clips.crops),
         settings=ClipSettings(
-            sampling=clips.sampling,
-            num_frames=clips.num_frames,
-            sampling_rate=clips.sampling_rate,
-            decoder=decoder,
+            sampling=clips.sampling, num_frames=clips.num_frames, sampling_rate=clips.sampling_rate, decoder=decoder
         ),
         num_segments=clips.segments,
     )

@@ -46,7 +46,8 @@ import av
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
 from clips.decoders import resolve_decoder
-from tools.preparing.annotations import READERS, find_videos
+from clips.lists import find_videos
+from tools.preparing.annotations import READERS
 from tools.preparing.list_checks import check_videos, find_lines
 from tools.preparing.listing import match, match_list, read_class_folders, write_lists
 from tools.preparing.planning import Job, plan_jobs, record_settings, shard_name, take_shard
@@ -170,17 +171,13 @@ def make_videos(args: argparse.Namespace, jobs: Sequence[Job]) -> int:
         with closing(outcomes), FailureFile(report, "path,reason") as file:
             for number, failure in outcomes:
                 if isinstance(failure, WritingFailed):
-                    raise UserError(
-                        f"writing failed: {failure.reason}; finished videos stay: make room and run again"
-                    )
+                    raise UserError(f"writing failed: {failure.reason}; finished videos stay: make room and run again")
                 if failure:
                     bad.append((todo[number].source, failure.reason))
                     file.add(*bad[-1])
     finally:
         sweep(args.output, tag)
-    print(
-        f"{len(jobs)} videos: {len(todo) - len(bad)} made, {len(jobs) - len(todo)} there already, {len(bad)} bad"
-    )
+    print(f"{len(jobs)} videos: {len(todo) - len(bad)} made, {len(jobs) - len(todo)} there already, {len(bad)} bad")
     summarise(bad, report)
     if todo and len(bad) == len(jobs):
         raise UserError("no video could be read")

@@ -91,9 +91,7 @@ def load_classifier(
     if headless:
         settings.setdefault("num_classes", 1)
     elif "num_classes" not in settings:
-        raise CheckpointError(
-            f"{found.path}: {found.kind} checkpoint, which has no classifier: fine-tune it first"
-        )
+        raise CheckpointError(f"{found.path}: {found.kind} checkpoint, which has no classifier: fine-tune it first")
     model = build_classifier(settings)
     report(str(_load(model, found)))
     if headless:
@@ -151,17 +149,13 @@ def _classifier_name(found: Weights) -> str:
         same_family = CLASSIFIERS[name].settings.get("separate_qkv", False) == separate_qkv
         if same_family and shape == (size.dim, size.depth, patch):
             return name
-    raise CheckpointError(
-        f"{found.path}: no known classifier is a {found.kind} model of {_describe(found.tensors)}"
-    )
+    raise CheckpointError(f"{found.path}: no known classifier is a {found.kind} model of {_describe(found.tensors)}")
 
 
 # --- what fits ----------------------------------------------------------------------------------------------
 
 
-def fit_weights(
-    found: Weights, target: dict[str, Tensor], *, window: Window
-) -> tuple[dict[str, Tensor], LoadReport]:
+def fit_weights(found: Weights, target: dict[str, Tensor], *, window: Window) -> tuple[dict[str, Tensor], LoadReport]:
     """Gives the tensors of a checkpoint the names and shapes of a classifier.
 
     Args:

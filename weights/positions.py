@@ -12,9 +12,7 @@ from weights.names import plain_name
 POSITION_TABLES = ("pos_embed", "pos_embed_spatial", "pos_embed_temporal")
 
 
-def resize_tables(
-    taken: dict[str, Tensor], target: dict[str, Tensor], window: Window, slots: int | None
-) -> list[str]:
+def resize_tables(taken: dict[str, Tensor], target: dict[str, Tensor], window: Window, slots: int | None) -> list[str]:
     """Resizes the position tables in `taken`, in place, to a model's window.
 
     A table that belongs to no window stays as it is.

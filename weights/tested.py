@@ -65,8 +65,7 @@ def check_tested(found: Weights, model_settings: dict) -> None:
         old, new = (_described(settings, name) for settings in (found.settings, model_settings))
         if (name in found.settings or name == "probe") and old != new:
             raise CheckpointError(
-                f"{found.path} was trained with {name} = {old}, this test has {name} = {new}: "
-                f"change {SET_BY[name]}"
+                f"{found.path} was trained with {name} = {old}, this test has {name} = {new}: change {SET_BY[name]}"
             )
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from augment import COLOUR_STATISTICS, normalize, to_pixels
 from clips.decoders import resolve_decoder
-from clips.lists import ENDS_AS_VIDEO, SUFFIXES
+from clips.lists import SUFFIXES
+from clips.lists import find_videos as find_below
 from clips.transforms import EvenCrops
 from datasets import DATA_SETS, FRAME_RULES
 from modeling_finetune import CLASSIFIERS, VisionTransformer, colour_statistics
@@ -113,10 +114,7 @@ class ClipSettings(NamedTuple):
     def make_crops(self, num_crops: int) -> EvenCrops:
         """Returns the spatial views of a test, as `build_finetuning_loaders` makes them."""
         return EvenCrops(
-            short_side=self.short_side,
-            size=self.input_size,
-            num_crops=num_crops,
-            round_up=self.sampling == "mae_st",
+            short_side=self.short_side, size=self.input_size, num_crops=num_crops, round_up=self.sampling == "mae_st"
         )
 
 
@@ -208,7 +206,7 @@ def find_videos(arguments: Sequence[str]) -> dict[str, Path]:
     for argument, path in zip(arguments, whole, strict=True):
         inside = [path]
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("[!.]*") if ENDS_AS_VIDEO.search(p.name) and p.is_file())
+            inside = [path / below for below in find_below(path)]
         if not inside:
             raise SettingError(f"{argument}: no videos in this folder ({SUFFIXES.replace('|', ', ')})")
         for video in inside:

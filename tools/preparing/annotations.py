@@ -6,7 +6,6 @@ whether the test list is the official test set; if not, it is a copy of val, on 
 
 import csv
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from clips.lists import ENDS_AS_VIDEO
 from utils import SettingError
 
 
@@ -214,21 +212,3 @@ def text_lines(file: Path) -> Iterator[str]:
     with malformed(file):
         text = file.read_text("utf-8-sig")
     return (line.strip() for line in text.splitlines() if line.strip())
-
-
-def find_videos(root: Path, *, skip: Path | None = None) -> list[PurePath]:
-    """The videos in a folder and below, through links as well, as sorted paths below it.
-
-    Hidden files and folders, and the folder `skip`, are left out.
-    """
-    videos, seen = [], set()
-    for folder, names, files in os.walk(root, followlinks=True):
-        here = os.path.realpath(folder)
-        if here in seen or (skip is not None and here == os.path.realpath(skip)):
-            names.clear()
-            continue
-        seen.add(here)
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        below = PurePath(os.path.relpath(folder, root))
-        videos += [below / name for name in files if ENDS_AS_VIDEO.search(name) and not name.startswith(".")]
-    return sorted(videos)

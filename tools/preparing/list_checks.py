@@ -8,10 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from clips.lists import NO_LABEL, SPLITS, parse_line
+from clips.lists import NO_LABEL, SPLITS, find_videos, parse_line
 from clips.video import open_video
 from clips.video_index import VideoError
-from tools.preparing.annotations import find_videos
 from tools.preparing.transcode import three_frames
 from tools.preparing.workers import Failure, FailureFile, run_tasks
 

@@ -79,9 +79,7 @@ def match_list(file: Path, output: Path, data_root: Path | None) -> Found:
     return found
 
 
-def read_class_folders(
-    videos: Iterable[PurePath], *, val_fraction: float
-) -> tuple[Found, list[str], list[PurePath]]:
+def read_class_folders(videos: Iterable[PurePath], *, val_fraction: float) -> tuple[Found, list[str], list[PurePath]]:
     """Reads splits and classes from paths such as `class/.../x.mp4` or `train/class/.../x.mp4`.
 
     Classes are numbered alphabetically. If there are neither val nor test folders, `val_fraction` of each class

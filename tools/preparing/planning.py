@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from clips.lists import read_list
-from tools.preparing.annotations import find_videos
+from clips.lists import find_videos, read_list
 from utils import SettingError, whole_file
 
 

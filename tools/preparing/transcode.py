@@ -90,9 +90,7 @@ def frame_rate(index: VideoIndex) -> Fraction:
     where that shifts the end of the video by less than half a frame.
     """
     mean = Fraction(index.fps).limit_denominator(10_000) or Fraction(25)
-    usual = min(
-        (round(mean) * factor for factor in (Fraction(1), Fraction(1000, 1001))), key=lambda r: abs(r - mean)
-    )
+    usual = min((round(mean) * factor for factor in (Fraction(1), Fraction(1000, 1001))), key=lambda r: abs(r - mean))
     return usual if usual and abs(usual / mean - 1) * index.num_frames < 0.5 else mean
 
 
