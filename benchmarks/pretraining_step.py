@@ -3,13 +3,13 @@
     python benchmarks/pretraining_step.py --batch_size 4 --precision off bf16
 
 - `this`: AdaMAE as `run_mae_pretraining.py` trains it; `this (tube)`: its VideoMAE model.
-- `published way`: the same AdaMAE network computed as its published code does it: attention written out,
+- `published way`: the same AdaMAE network computed the way its published code does: attention written out,
   tokens chosen by boolean masks, one Categorical object a sample, targets of a clip that is normalised and
   brought back, an optimiser that walks the parameters, a look at loss and gradient norm in every step.
 - `Hugging Face VideoMAE`: `VideoMAEForPreTraining` of the same size, tube masks, no sampler.
 
-Each runs in a process of its own, so that peak memory is its own; the median of the steps counts. Ratios
-are peer / this: above 1 means that this is faster or lighter.
+Each runs in a process of its own, to measure its own peak memory, and reports its median step. Ratios are
+peer / this: above 1 means that this is faster or lighter.
 """
 
 import argparse
@@ -48,29 +48,30 @@ def this(device, amp, settings, mask_type="adaptive"):
     return step
 
 
+def published_forward(model, clip):
+    """Prediction (B,Nm,P), P (B,N) and boolean mask (B,N) of a normalised clip, the slow way."""
+    encoder = model.encoder
+    tokens = encoder.patch_embed(clip)  # (B,N,D)
+    batch, _, dim = tokens.shape
+    probs = encoder.get_token_probs(tokens + encoder.pos_embed_probs).squeeze(2).float().nan_to_num().softmax(1)
+    mask = torch.ones(probs.shape, dtype=torch.bool, device=clip.device)
+    mask.scatter_(1, torch.multinomial(probs, model.masking.num_visible), False)
+    x = (tokens + encoder.positions.type_as(tokens).to(clip.device).clone())[~mask].reshape(batch, -1, dim)
+    x = model.encoder_to_decoder(encoder.norm(encoder.blocks(x)))
+    places = model.positions.expand(batch, -1, -1).type_as(x).to(clip.device).clone()
+    seen, hidden = (places[chosen].reshape(batch, -1, x.shape[2]) for chosen in (~mask, mask))
+    full = torch.cat([x + seen, model.mask_token + hidden], 1)
+    return model.decoder(full, hidden.shape[1]), probs, mask
+
+
 def published_way(device, amp, settings):
     """The same network the slow way; see the module's docstring."""
     model = create_pretrain_model(MODEL, mask_ratio=settings.mask_ratio).to(device)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
-    encoder, num_visible = model.encoder, model.masking.num_visible
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05, foreach=False)
     mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-
-    def forward(clip):
-        tokens = encoder.patch_embed(clip)  # (B,N,D)
-        batch, _, dim = tokens.shape
-        logits = encoder.get_token_probs(tokens + encoder.pos_embed_probs).squeeze(2)
-        probs = logits.float().nan_to_num().softmax(1)
-        mask = torch.ones(probs.shape, dtype=torch.bool, device=device)
-        mask.scatter_(1, torch.multinomial(probs, num_visible), False)
-        x = (tokens + encoder.positions.type_as(tokens).to(device).clone())[~mask].reshape(batch, -1, dim)
-        x = model.encoder_to_decoder(encoder.norm(encoder.blocks(x)))
-        places = model.positions.expand(batch, -1, -1).type_as(x).to(device).clone()
-        seen, hidden = (places[~mask].reshape(batch, -1, x.shape[2]), places[mask].reshape(batch, -1, x.shape[2]))
-        full = torch.cat([x + seen, model.mask_token + hidden], 1)
-        return model.decoder(full, hidden.shape[1]), probs, mask
 
     def step(clips):
         clip = normalize(to_pixels(clips))
@@ -78,7 +79,7 @@ def published_way(device, amp, settings):
             tokens = patchify(clip * std + mean, model.patch).unflatten(2, (-1, 3))
             target = (tokens - tokens.mean(2, keepdim=True)) / (tokens.std(2, keepdim=True) + 1e-6)
         with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            prediction, probs, mask = forward(clip)
+            prediction, probs, mask = published_forward(model, clip)
             target = target.flatten(2)[mask].reshape(prediction.shape)
             error = (prediction.float() - target).square().mean(2)
             sampling = torch.zeros((), device=device)

@@ -99,6 +99,17 @@ def test_they_train_and_lower_the_loss(name, width, mask_type):
     assert found[-1] < 0.95 * found[0]
 
 
+def test_a_rule_may_read_the_sampler(monkeypatch):
+    def most_probable(log_p, uniform, window, count):
+        return log_p.topk(count, dim=1).indices
+
+    monkeypatch.setitem(RULES, "most_probable", Rule(most_probable, floor_masked, adaptive=True))
+    model = create_pretrain_model(**SETTINGS, mask_type="most_probable", mask_ratio=0.75).eval()
+    output = model(torch.rand(2, 3, 8, 32, 32))
+    assert torch.equal(output.visible, output.log_probs.topk(16, dim=1).indices.sort().values)
+    assert model.sampler_parameters()
+
+
 @pytest.mark.parametrize("name", ["mean_colour", "brightness"])
 def test_a_target_that_cannot_be_drawn_has_a_panel_that_says_so(name):
     model = create_pretrain_model(**SETTINGS, target=name)

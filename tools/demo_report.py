@@ -16,7 +16,6 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -61,32 +60,27 @@ def load_clips(list_path: Path, num_frames: int, sampling_rate: int, size: int, 
     return torch.stack(clips), torch.stack(shares)
 
 
-class Sums(NamedTuple):
-    """Sums over the random masks for each token, all (n,N)."""
+def sum_over_masks(model, target: Target, pixels: torch.Tensor, masking: MaskingGenerator) -> torch.Tensor:
+    """Runs NUM_MASKS random masks of clips (n,3,T,H,W) in [0,1], and as many of the sampler's own.
 
-    error: torch.Tensor
-    zero: torch.Tensor  # error of predicting zero
-    times: torch.Tensor  # how often the token was masked
-    own: torch.Tensor  # error under masks of the sampler's own; 0 without one
-    probs: torch.Tensor  # the sampler's P, no sum; 0 without one
-
-
-def sum_over_masks(model, target: Target, pixels: torch.Tensor, masking: MaskingGenerator) -> Sums:
-    """Runs NUM_MASKS random masks of clips (n,3,T,H,W) in [0,1], and as many of the sampler's."""
-    error, zero, times, own, probs = torch.zeros(5, len(pixels), masking.num_tokens)
-    uniform = torch.zeros_like(error).log_softmax(1)  # (n,N)
+    Returns:
+        Five tables (5,n,N): for each token the sums over the masks of its error, of the error of predicting zero,
+        of the times it was masked, and of its error under the sampler's masks; then the sampler's P. The last two
+        are 0 without a sampler.
+    """
+    sums = torch.zeros(5, len(pixels), masking.num_tokens)
+    error, zero, times, own, probs = sums
     for _ in range(NUM_MASKS):
-        out = model(normalize(pixels), masking(uniform).visible)
+        out = model(normalize(pixels), masking(times).visible)  # random masks take only the shape
         truth = target(pixels, out.masked)
-        error += scattered(target.error(out.prediction, truth), out.masked, masking.num_tokens)
-        zero += scattered(target.error(torch.zeros_like(out.prediction), truth), out.masked, masking.num_tokens)
-        times += torch.ones_like(times).scatter(1, out.visible, 0)
+        error.scatter_add_(1, out.masked, target.error(out.prediction, truth))
+        zero.scatter_add_(1, out.masked, target.error(torch.zeros_like(out.prediction), truth))
+        times.scatter_add_(1, out.masked, torch.ones(out.masked.shape))
         if out.log_probs is not None:
             out = model(normalize(pixels))
-            truth = target(pixels, out.masked)
-            own += scattered(target.error(out.prediction, truth), out.masked, masking.num_tokens)
-            probs = out.log_probs.exp()
-    return Sums(error, zero, times, own, probs)
+            own.scatter_add_(1, out.masked, target.error(out.prediction, target(pixels, out.masked)))
+            probs.copy_(out.log_probs.exp())
+    return sums
 
 
 @torch.no_grad()
@@ -104,7 +98,7 @@ def judge(
     masking = MaskingGenerator(mask_type="random", mask_ratio=ratio, window=model.window)
     torch.manual_seed(0)
     parts = [sum_over_masks(model, target, to_pixels(part), masking) for part in clips.split(batch_size)]
-    error, zero, times, own, probs = map(torch.cat, zip(*parts))  # (n,N) each
+    error, zero, times, own, probs = torch.cat(parts, dim=1)  # (n,N) each
     foreground = shares >= FOREGROUND
     result = {
         "loss": ratio_of(error, times),
@@ -121,11 +115,6 @@ def judge(
             "entropy": entropy.item(),
         }
     return result
-
-
-def scattered(values: torch.Tensor, index: torch.Tensor, length: int) -> torch.Tensor:
-    """Values (B,n) at their tokens' places in zeros (B,length)."""
-    return values.new_zeros(len(values), length).scatter(1, index, values)
 
 
 def ratio_of(total: torch.Tensor, times: torch.Tensor) -> float:
