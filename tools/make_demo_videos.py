@@ -178,8 +178,8 @@ def encode(file: IO[bytes], frames: np.ndarray, crf: int) -> None:
         container.mux(stream.encode())
 
 
-def make_video(split: str, index: int, *, output: Path, seed: int, num_frames: int, size: int, crf: int) -> int:
-    """Writes a video and its mask unless they are there; returns its label."""
+def make_video(split: str, index: int, *, output: Path, seed: int, num_frames: int, size: int, crf: int) -> None:
+    """Writes a video and its mask unless they are there."""
     stem = output / split / f"{index:05d}"
     video, mask = stem.with_suffix(".mp4"), stem.with_suffix(".npz")
     if not (video.exists() and mask.exists()):
@@ -188,7 +188,6 @@ def make_video(split: str, index: int, *, output: Path, seed: int, num_frames: i
             np.savez_compressed(file, mask=foreground)
         with whole_file(video) as file:
             encode(file, frames, crf)
-    return index % len(MOTIONS)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -222,14 +221,12 @@ def make_data_set(args: argparse.Namespace) -> None:
     make = partial(make_video, output=args.output, **how)
     with ProcessPoolExecutor(args.workers) as pool:
         made = pool.map(make, *zip(*videos, strict=True), chunksize=16)
-        labels = list(tqdm(made, total=len(videos), desc="demo videos", mininterval=2))
-    lines = {split: [] for split in SPLITS}
-    for (split, index), label in zip(videos, labels, strict=True):
-        lines[split].append(f"{split}/{index:05d}.mp4 {label}\n")
-    files = {f"{split}.csv": lines[split] for split in SPLITS}
-    for name, text in {**files, "labels.txt": [f"{motion}\n" for motion in MOTIONS]}.items():
-        with whole_file(args.output / name, "w") as file:
-            file.writelines(text)
+        list(tqdm(made, total=len(videos), desc="demo videos", mininterval=2))
+    for split, count in counts.items():
+        with whole_file(args.output / f"{split}.csv", "w") as file:
+            file.writelines(f"{split}/{index:05d}.mp4 {index % len(MOTIONS)}\n" for index in range(count))
+    with whole_file(args.output / "labels.txt", "w") as file:
+        file.writelines(f"{motion}\n" for motion in MOTIONS)
 
 
 def main() -> None:
