@@ -1,10 +1,10 @@
-"""Compare the demo's fine-tunings on the same held-out videos: one small table, and a picture of the confusions.
+"""Compares the demo's fine-tuned models on the same test videos: a small table and a plot of the confusions.
 
     python tools/demo_table.py --output output/demo --runs "from AdaMAE=output/demo/finetuned_adaptive" \
         "from scratch=output/demo/finetuned_scratch"
 
-The runs are output folders of run_class_finetuning.py. Each is compared with the last one, video by video. Prints
-the table and writes finetuning.md, finetuning.json and finetuning.png.
+Runs are output folders of run_class_finetuning.py. Each is compared with the last one, video by video. Prints the
+table and writes finetuning.md, finetuning.json and finetuning.png.
 """
 
 import argparse
@@ -17,21 +17,23 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
+
 from runs.checkpoints import epoch_checkpoints, read_checkpoint
+from utils import SettingError, UserError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
 def read_hits(folder: Path) -> dict[str, bool]:
-    """Whether each test video's best class is the right one, by the video's path, from predictions.csv."""
+    """Whether the top-1 prediction of each test video is right, by the video's path, from predictions.csv."""
     with (folder / "predictions.csv").open(newline="") as file:
         return {row["video"]: row["class_1"] == row["label"] for row in csv.DictReader(file)}
 
 
 def read_confusion(folder: Path) -> tuple[list[str], np.ndarray]:
-    """Class names, and each true class's shares of the predicted ones, float (K,K), from confusion.csv."""
+    """Class names and confusion matrix, float (K,K), rows summing to 1, from confusion.csv."""
     with (folder / "confusion.csv").open(newline="") as file:
         (_, *names), *rows = csv.reader(file)
     counts = np.array([row[1:] for row in rows], dtype=float)
@@ -39,25 +41,27 @@ def read_confusion(folder: Path) -> tuple[list[str], np.ndarray]:
 
 
 def training_seconds(folder: Path) -> float:
-    """Seconds of all epochs in log.txt; of an epoch that was done twice, the last time counts."""
+    """Seconds of all epochs in log.txt; if an epoch was run twice, only the last run counts."""
     epochs = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     return sum({e["epoch"]: e["seconds"] for e in epochs}.values())
 
 
 def pretraining_seconds(folder: Path) -> float:
-    """Seconds of the pre-training that a run started from, 0 for one from scratch."""
+    """Seconds of the pre-training that a run started from; 0 for training from scratch."""
     start = read_checkpoint(epoch_checkpoints(folder)[0])["args"]["finetune"]
     return training_seconds(Path(start).parent) if start else 0.0
 
 
 def summarise(hits: dict[str, bool], reference: dict[str, bool]) -> dict[str, float]:
-    """Top-1 of a run and how much that is over another's, in per cent, with their standard errors.
+    """Top-1 accuracy of a run and its gain over another run, in percent, with standard errors.
 
-    The second error is that of the mean difference of pairs: both runs have seen the same videos.
-    Raises ValueError where they haven't.
+    The error of the gain is that of the paired difference, since both runs were tested on the same videos.
+
+    Raises:
+        SettingError: they were not.
     """
     if hits.keys() != reference.keys():
-        raise ValueError("the runs were not tested on the same videos: test them again on one list")
+        raise SettingError("the runs were not tested on the same videos: test them again on one list")
     own = np.array(list(hits.values()), dtype=float)
     gain = own - np.array([reference[video] for video in hits], dtype=float)
     return {
@@ -70,7 +74,7 @@ def summarise(hits: dict[str, bool], reference: dict[str, bool]) -> dict[str, fl
 
 
 def table(report: dict[str, dict]) -> str:
-    """The runs as a Markdown table; the last one is what the others are compared with."""
+    """The runs as a Markdown table; the others are compared with the last one."""
     *_, last = report
     lines = [
         f"| method | top-1, % | over {last} | seconds of fine-tuning | and of pre-training |",
@@ -84,7 +88,7 @@ def table(report: dict[str, dict]) -> str:
 
 
 def draw(report: dict[str, dict], folders: dict[str, Path], path: Path) -> None:
-    """The top-1 of the runs beside their confusion matrices, as a PNG."""
+    """Plots the top-1 accuracy of the runs and their confusion matrices to a PNG file."""
     figure, (left, *others) = plt.subplots(1, 1 + len(folders), figsize=(3.2 + 3.4 * len(folders), 3.9))
     figure.set_layout_engine("constrained")
     top1, error = ([r[key] for r in report.values()] for key in ("top1", "top1_error"))
@@ -106,13 +110,8 @@ def draw(report: dict[str, dict], folders: dict[str, Path], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, metavar="NAME=FOLDER", help="output folders")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the table and the picture")
-    args = parser.parse_args()
-
-    folders = {name: Path(folder) for name, folder in (entry.split("=", 1) for entry in args.runs)}
+def compare(folders: dict[str, Path], output: Path) -> None:
+    """Writes the table and the plot of the runs, and prints the table."""
     hits = {name: read_hits(folder) for name, folder in folders.items()}
     *_, last = hits
     report = {
@@ -120,11 +119,25 @@ def main() -> None:
         | {"seconds": training_seconds(folder), "pretraining_seconds": pretraining_seconds(folder)}
         for name, folder in folders.items()
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "finetuning.md").write_text(table(report))
-    (args.output / "finetuning.json").write_text(json.dumps(report, indent=1) + "\n")
-    draw(report, folders, args.output / "finetuning.png")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "finetuning.md").write_text(table(report))
+    (output / "finetuning.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(report, folders, output / "finetuning.png")
     print(table(report), end="")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--runs", nargs="+", required=True, metavar="NAME=FOLDER", help="names and output folders of the runs"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the table and the plot")
+    args = parser.parse_args()
+    folders = {name: Path(folder) for name, folder in (entry.split("=", 1) for entry in args.runs)}
+    try:
+        compare(folders, args.output)
+    except (UserError, OSError) as error:
+        raise SystemExit(f"demo_table.py: error: {error}") from error
 
 
 if __name__ == "__main__":

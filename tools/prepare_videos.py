@@ -52,7 +52,7 @@ from tools.preparing.list_checks import check_videos, find_lines
 from tools.preparing.listing import match, match_list, read_class_folders, write_lists
 from tools.preparing.planning import Job, plan_jobs, record_settings, shard_name, take_shard
 from tools.preparing.transcode import PRESETS, Encoding, WritingFailed, make_video, sweep
-from tools.preparing.workers import FailureFile, run_tasks, summarise
+from tools.preparing.workers import failure_file, run_tasks, summarise
 from utils import SettingError, UserError
 
 
@@ -80,8 +80,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="x264 preset: slower ones give smaller files (default: %(default)s)")
 
     add = parser.add_argument_group("lists").add_argument
-    add("--data_set", choices=[*READERS, "folders"], help="whose annotations these are; folders: "
-        "classes are folders below --output, class/x.mp4 or train/class/x.mp4 and so on")
+    add("--data_set", choices=[*READERS, "folders"], help="data set that the annotations are from; "
+        "folders: none, since videos lie in folders named after classes, class/x.mp4 or train/class/x.mp4")
     add("--annotations", type=Path, metavar="DIR", help="folder of the official annotation files")
     add("--split", type=int, default=1, choices=[1, 2, 3], help="split of UCF101 or HMDB51 (default: %(default)s)")
     add("--official_test", action="store_true", help="SSV2 and Kinetics: test.csv is the official "
@@ -168,13 +168,13 @@ def make_videos(args: argparse.Namespace, jobs: Sequence[Job]) -> int:
     outcomes = run_tasks(make, todo, workers=args.workers, timeout=args.timeout)
     bad, report = [], args.output / shard_name("bad_videos", args.shard)
     try:
-        with closing(outcomes), FailureFile(report, "path,reason") as file:
+        with closing(outcomes), failure_file(report, "path,reason") as write:
             for number, failure in outcomes:
                 if isinstance(failure, WritingFailed):
                     raise UserError(f"writing failed: {failure.reason}; finished videos stay: make room and run again")
                 if failure:
                     bad.append((todo[number].source, failure.reason))
-                    file.add(*bad[-1])
+                    write(bad[-1])
     finally:
         sweep(args.output, tag)
     print(f"{len(jobs)} videos: {len(todo) - len(bad)} made, {len(jobs) - len(todo)} there already, {len(bad)} bad")
@@ -208,9 +208,9 @@ def make_lists(args: argparse.Namespace) -> int:
     if found.doubtful:
         split, name = found.doubtful[0]
         print(f"{len(found.doubtful)} were found more than once, the first file is listed ({split}: {name})")
-    with FailureFile(args.output / "missing_videos.csv", "split,video") as file:
+    with failure_file(args.output / "missing_videos.csv", "split,video") as write:
         for row in found.missing:
-            file.add(*row)
+            write(row)
     return len(found.missing)
 
 

@@ -34,9 +34,6 @@ class Annotations(NamedTuple):
     splits: dict[str, list[Entry]]
 
 
-# --- Something-Something V2 -----------------------------------------------------------------------------------
-
-
 def read_ssv2(folder: Path, *, split: int, official_test: bool) -> Annotations:
     """Something-Something V2: labels.json, train.json, validation.json, and test-answers.csv for the test set.
 
@@ -75,8 +72,6 @@ def plain(template: str) -> str:
     return template.replace("[", "").replace("]", "")
 
 
-# --- Kinetics -------------------------------------------------------------------------------------------------
-
 KINETICS_COLUMNS = {"youtube_id", "time_start", "time_end", "split"}
 KINETICS_SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val", "test": "test"}
 
@@ -113,9 +108,6 @@ def read_kinetics(folder: Path, *, split: int, official_test: bool) -> Annotatio
         splits[name] = [Entry(video, numbers[label]) for video, label in rows[name].items()]
     splits.setdefault("test", splits["val"])
     return Annotations(classes, splits)
-
-
-# --- UCF101 and HMDB51 ----------------------------------------------------------------------------------------
 
 
 def read_ucf101(folder: Path, *, split: int, official_test: bool) -> Annotations:
@@ -176,9 +168,6 @@ READERS = {
     "UCF101": read_ucf101,
     "HMDB51": read_hmdb51,
 }
-
-
-# --- files ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager

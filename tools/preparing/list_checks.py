@@ -12,7 +12,7 @@ from clips.lists import NO_LABEL, SPLITS, find_videos, parse_line
 from clips.video import open_video
 from clips.video_index import VideoError
 from tools.preparing.transcode import three_frames
-from tools.preparing.workers import Failure, FailureFile, run_tasks
+from tools.preparing.workers import Failure, failure_file, run_tasks
 
 
 class Line(NamedTuple):
@@ -66,15 +66,15 @@ def check_videos(
         by_path[line.path].append(line)
     paths = [path for path in by_path if path]
     bad = [line for line in lines if line.wrong]
-    with FailureFile(report, "list,line,path,reason") as file:
+    with failure_file(report, "list,line,path,reason") as write:
         for line in bad:
-            file.add(*line)
+            write(line)
         check = partial(check_video, decoder=decoder)
         with closing(run_tasks(check, paths, workers=workers, timeout=timeout)) as outcomes:
             for number, failure in outcomes:
                 for line in by_path[paths[number]] if failure else ():
                     bad.append(line._replace(wrong=failure.reason))
-                    file.add(*bad[-1])
+                    write(bad[-1])
     return bad, len(paths)
 
 

@@ -1,9 +1,5 @@
 """Turns annotations or folders named after classes into lists of the videos on disk.
 
-    annotations = read_annotations("SSV2", Path("labels"), split=1, official_test=False)
-    found = match(annotations, find_videos(Path("ssv2")))
-    write_lists(Path("ssv2"), found, annotations.classes)
-
 Annotated videos are matched by name: their folder below the root and their suffix don't matter.
 """
 
@@ -32,9 +28,6 @@ class Found(NamedTuple):
     listed: dict[str, list[tuple[PurePath, int]]]
     missing: list[tuple[str, str]]
     doubtful: list[tuple[str, str]]
-
-
-# --- finding the videos of a list -----------------------------------------------------------------------------
 
 
 def match(annotations: Annotations, videos: Iterable[PurePath]) -> Found:
@@ -112,9 +105,6 @@ def read_class_folders(videos: Iterable[PurePath], *, val_fraction: float) -> tu
     listed["val"] = listed["val"] or listed["test"]
     listed["test"] = listed["test"] or listed["val"]
     return Found({split: sorted(listed[split]) for split in SPLITS}, [], []), classes, left_out
-
-
-# --- writing --------------------------------------------------------------------------------------------------
 
 
 def write_lists(folder: Path, found: Found, classes: list[str] | None) -> None:

@@ -35,7 +35,7 @@ def plan_jobs(given: Path, output: Path, data_root: Path | None) -> list[Job]:
         raise SettingError(f"--input {given}: no videos in this folder")
     names = target_names(paths)
     jobs = [Job(source, name, str(output / name)) for source, name in zip(sources, names, strict=True)]
-    refuse_overwriting(jobs, output)
+    _refuse_overwriting(jobs, output)
     return sorted(jobs, key=lambda job: job.name)
 
 
@@ -65,12 +65,7 @@ def target_names(paths: Sequence[PurePath]) -> list[PurePath]:
     return [stem.with_name(f"{stem.name}.mp4") for stem in stems]
 
 
-def refuse_overwriting(jobs: Sequence[Job], output: Path) -> None:
-    """Checks that no two jobs write the same file and that none writes over a source.
-
-    Raises:
-        SettingError: one does.
-    """
+def _refuse_overwriting(jobs: Sequence[Job], output: Path) -> None:
     top, sources = os.path.realpath(output), {os.path.realpath(job.source) for job in jobs}
     taken = {}
     for job in jobs:
@@ -96,9 +91,6 @@ def record_settings(file: Path, settings: dict) -> None:
                 f"{file.parent} has videos made with --{name} {old}, this run has {settings.get(name)} "
                 f"(see {file.name}): choose another --output, or remove that folder"
             )
-
-
-# --- shards of an array job -------------------------------------------------------------------------------
 
 
 def take_shard(items: Sequence, shard: tuple[int, int] | None) -> Sequence:

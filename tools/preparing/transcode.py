@@ -94,9 +94,6 @@ def frame_rate(index: VideoIndex) -> Fraction:
     return usual if usual and abs(usual / mean - 1) * index.num_frames < 0.5 else mean
 
 
-# --- reading ------------------------------------------------------------------------------------------------
-
-
 def timed_frames(path: str | Path, index: VideoIndex, rate: Fraction) -> Iterator[tuple[Fraction, av.VideoFrame]]:
     """Yields every frame with its time in seconds from the first frame.
 
@@ -138,9 +135,6 @@ def at_constant_rate(
         shown = frame
     for _ in range(k, count):
         yield shown
-
-
-# --- writing ------------------------------------------------------------------------------------------------
 
 
 def encode(
@@ -217,9 +211,6 @@ def read_back(path: str | Path, *, count: int, size: tuple[int, int], rate: Frac
 def three_frames(count: int) -> list[int]:
     """The first, the middle and the last frame."""
     return [0, count // 2, count - 1]
-
-
-# --- files --------------------------------------------------------------------------------------------------
 
 
 class WritingFailed(Failure):

@@ -10,9 +10,10 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,23 +78,13 @@ def _outcome(future: Future, timeout: float) -> Any:
         return Failure(f"{type(error).__name__}: {error}")
 
 
-class FailureFile:
-    """A CSV file to which each failure is written as soon as it is known."""
-
-    def __init__(self, path: Path, columns: str):
-        self.path = path
-        self.file = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
-        self.add(*columns.split(","))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def add(self, *row) -> None:
-        csv.writer(self.file).writerow(row)
-        self.file.flush()
+@contextmanager
+def failure_file(path: Path, columns: str) -> Iterator[Callable[[Iterable], Any]]:
+    """Opens a CSV file and gives the function that writes a row to it at once."""
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="", buffering=1) as file:
+        write = csv.writer(file).writerow
+        write(columns.split(","))
+        yield write
 
 
 def summarise(failures: Sequence[tuple[str, str]], path: Path) -> None:
