@@ -107,8 +107,7 @@ def score_views(
         clips_at_once: views in one forward pass.
         stop: where it becomes true the loop ends early, and the result is meaningless.
     """
-    num_views = len(loader.dataset.views)
-    index, label, fused, hits, bad = [], [], [], [], []
+    num_views, bad, parts = len(loader.dataset.views), [], [empty_scores(num_classes)]
     console.start(0)
     for number, batch in enumerate(until_stopped(loader, stop, "test")):
         bad += batch["bad"]
@@ -119,26 +118,20 @@ def score_views(
                 for part in views.split(clips_at_once)
             ]
             logits = torch.cat(logits).unflatten(0, (-1, num_views))  # (n,V,K)
-            scores, right = fuse_views(logits, batch["label"].to(engine.device), fusion)
-            index.append(batch["index"].numpy())
-            label.append(batch["label"].numpy())
-            fused.append(scores.cpu().numpy())
-            hits.append(right.cpu().numpy())
+            fused, hits = fuse_views(logits, batch["label"].to(engine.device), fusion)
+            parts.append([x.cpu().numpy() for x in (batch["index"], batch["label"], fused, hits)])
         console.advance()
         if (number + 1) % max(1, len(loader) // 20) == 0:
-            console.report(number + 1, "test", videos=str(sum(map(len, index))))
+            console.report(number + 1, "test", videos=str(sum(len(part[0]) for part in parts)))
     console.close()
     wait_for_all("test")
-    return merge_ranks(
-        Scores(
-            np.concatenate([np.zeros(0, np.int64), *index]),
-            np.concatenate([np.zeros(0, np.int64), *label]),
-            np.concatenate([np.zeros((0, num_classes), np.float32), *fused]),
-            np.concatenate([np.zeros((0, 2), np.int64), *hits]),
-            num_views,
-            bad,
-        )
-    )
+    return merge_ranks(Scores(*map(np.concatenate, zip(*parts)), num_views, bad))
+
+
+def empty_scores(num_classes: int) -> list[np.ndarray]:
+    """The arrays of `Scores` of no video: a rank may have none."""
+    ints = np.zeros(0, np.int64)
+    return [ints, ints, np.zeros((0, num_classes), np.float32), np.zeros((0, 2), np.int64)]
 
 
 def fuse_views(logits: Tensor, labels: Tensor, fusion: str) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -235,20 +236,18 @@ def build_loaders(args: argparse.Namespace, settings: Settings, world: World) ->
     )
 
 
-def build_model(args: argparse.Namespace, settings: Settings, console: Console) -> nn.Module:
+def build_model(args: argparse.Namespace, settings: Settings, report: Callable[[str], None]) -> nn.Module:
     """The classifier or probe with the weights to test or to start from.
 
     Raises:
         CheckpointError: they do not fit.
     """
-    if settings.weights is None:
-        return build_classifier(settings.model)
-    if not args.eval:
-        return build_classifier(
-            settings.model, lambda model: load_classifier_weights(model, settings.weights, console.say)
-        )
-    model = build_classifier(settings.model)
-    load_tested(settings.weights, model, console.say)
+    weights, start = settings.weights, lambda model: None
+    if weights and not args.eval:
+        start = lambda model: load_classifier_weights(model, weights, report)  # noqa: E731
+    model = build_classifier(settings.model, start)
+    if args.eval:
+        load_tested(weights, model, report)
     return model
 
 
@@ -279,22 +278,19 @@ def warn_of_empty_classes(args: argparse.Namespace, lists: dict[str, VideoList],
 
 def train(
     session: Session,
+    settings: Settings,
     engine: Engine,
     loaders: dict[str, DataLoader],
-    *,
-    model_settings: dict,
     augmentation: BatchAugmentation,
-    steps_per_epoch: int,
 ) -> BestCheckpoint:
     """Trains from where the run was left off; returns the best checkpoint."""
-    args, world = session.args, session.world
-    dataset, sampler = loaders["train"].dataset, loaders["train"].sampler
+    args, loader = session.args, loaders["train"]
     run = build_run(
         session,
         engine,
-        sampler,
-        model_settings=model_settings,
-        videos=dataset.videos,
+        loader.sampler,
+        model_settings=settings.model,
+        videos=loader.dataset.videos,
         num_read=sum(len(loaders[split].dataset) for split in ("train", "val") if split in loaders),
         save=args.save_ckpt,
     )
@@ -304,7 +300,7 @@ def train(
         engine,
         loaders,
         augmentation=augmentation,
-        schedule=build_schedule(args, args.batch_size * args.update_freq * world.size, steps_per_epoch),
+        schedule=build_schedule(args, session.world, loader.sampler.steps_per_epoch),
         seed=args.seed,
         best=best,
         stop=lambda: bool(session.signals.status),
@@ -320,32 +316,21 @@ def train_and_test(session: Session, settings: Settings) -> int:
     """
     args, world, console = session.args, session.world, session.console
     loaders = build_loaders(args, settings, world)
-    steps_per_epoch = 0 if args.eval else loaders["train"].sampler.steps_per_epoch // args.update_freq
-    console.total = args.epochs * steps_per_epoch
-    warn_of_empty_classes(args, settings.lists, console)
     seed_all(args.seed)
-    model = build_model(args, settings, console).to(world.device)
+    model = build_model(args, settings, console.say).to(world.device)
     tested = str(settings.weights.path) if args.eval else "the last weights"
     settings = settings._replace(weights=None)  # as large as the model
-    ema_decay = args.model_ema_decay if args.model_ema else None
-    engine = build_engine(
-        args, model, world, layer_decay=args.layer_decay, ema_decay=ema_decay, ema_force_cpu=args.model_ema_force_cpu
-    )
+    average = {"ema_decay": args.model_ema_decay, "ema_force_cpu": args.model_ema_force_cpu} if args.model_ema else {}
+    engine = build_engine(args, model, world, layer_decay=args.layer_decay, **average)
     session.to_close.callback(engine.close)
     videos = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items()) + " videos"
     classes = f"{settings.data_set.num_classes} classes of {args.data_set}"
     console.say(describe(args, engine, world, model=classes, videos=videos))
+    warn_of_empty_classes(args, settings.lists, console)
 
     augmentation = build_augmentation(args, settings.data_set.num_classes)
     if not args.eval:
-        best = train(
-            session,
-            engine,
-            loaders,
-            model_settings=settings.model,
-            augmentation=augmentation,
-            steps_per_epoch=steps_per_epoch,
-        )
+        best = train(session, settings, engine, loaders, augmentation)
         if not args.disable_eval_during_finetuning:
             tested = best.load_into(model) or tested
     check_same_on_all_ranks(tested, model, world)

@@ -156,8 +156,6 @@ def train(session: Session, model_settings: dict, videos: VideoList) -> None:
     """
     args, world, console = session.args, session.world, session.console
     loader = build_loader(args, videos, model_settings["input_size"], world)
-    steps_per_epoch = loader.sampler.steps_per_epoch // args.update_freq
-    console.total = args.epochs * steps_per_epoch
     seed_all(args.seed)
     model = create_pretrain_model(**model_settings).to(world.device)
     engine = build_engine(args, model, world, watch={"sampler": model.sampler_parameters()})
@@ -177,7 +175,7 @@ def train(session: Session, model_settings: dict, videos: VideoList) -> None:
             target=target, loss=args.loss, sampling_form=args.sampling_loss, sampling_weight=args.sampling_loss_weight
         ),
         colours=colours,
-        schedule=build_schedule(args, args.batch_size * args.update_freq * world.size, steps_per_epoch),
+        schedule=build_schedule(args, world, loader.sampler.steps_per_epoch),
         seed=args.seed,
         after_epoch=picture_drawer(
             args.vis_freq, run, engine, loader, PictureSettings(target=target, normalization=colours)

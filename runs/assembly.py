@@ -28,9 +28,10 @@ from utils import World
 Schedule = Callable[[int], tuple[float, float]]  # optimiser step -> learning rate, weight decay
 
 
-def build_schedule(args: argparse.Namespace, total_batch: int, steps_per_epoch: int) -> Schedule:
-    """The schedule of learning rate and weight decay; rates are the flags' times total_batch / 256."""
-    scale = total_batch / 256
+def build_schedule(args: argparse.Namespace, world: World, batches_per_epoch: int) -> Schedule:
+    """The schedule of learning rate and weight decay; rates are the flags' times total batch / 256."""
+    scale = args.batch_size * args.update_freq * world.size / 256
+    steps_per_epoch = batches_per_epoch // args.update_freq
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
     decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
@@ -159,29 +160,8 @@ def build_run(
         CheckpointError: see `resume`.
     """
     args, world, console = session.args, session.world, session.console
-    start = resume(
-        engine,
-        sampler,
-        flags=vars(args),
-        neutral=session.flags.neutral,
-        model_settings=model_settings,
-        world=world,
-        console=console,
-    )
-    votes = Votes(timeout=1.5 * args.dist_timeout)  # longer than the watchdog's limit, which reports more
-    session.to_close.callback(votes.close)
-    checkpoints = Checkpoints(
-        engine=engine,
-        sampler=sampler,
-        output_dir=args.output_dir if save else "",
-        about={"args": vars(args), "model_settings": model_settings},
-        minutes=args.save_ckpt_minutes,
-        keep=args.keep_ckpts,
-        signals=session.signals,
-        votes=votes,
-        world=world,
-        console=console,
-    )
+    neutral = session.flags.neutral
+    start = resume(engine, sampler, vars(args), neutral, model_settings=model_settings, world=world, console=console)
     return TrainingRun(
         engine=engine,
         sampler=sampler,
@@ -190,10 +170,30 @@ def build_run(
         world=world,
         console=console,
         log=session.log,
-        checkpoints=checkpoints,
+        checkpoints=build_checkpoints(session, engine, sampler, model_settings, args.output_dir if save else ""),
         faults=build_faults(args, engine, videos, world, console, num_read=num_read),
         log_freq=args.log_freq,
         save_freq=args.save_ckpt_freq,
+    )
+
+
+def build_checkpoints(
+    session: Session, engine: Engine, sampler: EpochSampler, model_settings: dict, output_dir: str
+) -> Checkpoints:
+    args = session.args
+    votes = Votes(timeout=1.5 * args.dist_timeout)  # longer than the watchdog's limit, which reports more
+    session.to_close.callback(votes.close)
+    return Checkpoints(
+        engine=engine,
+        sampler=sampler,
+        output_dir=output_dir,
+        about={"args": vars(args), "model_settings": model_settings},
+        minutes=args.save_ckpt_minutes,
+        keep=args.keep_ckpts,
+        signals=session.signals,
+        votes=votes,
+        world=session.world,
+        console=session.console,
     )
 
 

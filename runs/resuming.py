@@ -23,9 +23,9 @@ class Start(NamedTuple):
 def resume(
     engine: Engine,
     sampler: EpochSampler,
-    *,
     flags: dict,
     neutral: Collection[str],
+    *,
     model_settings: dict,
     world: World,
     console: Console,

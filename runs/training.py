@@ -56,8 +56,9 @@ class TrainingRun:
         self._resumed = start.batch, start.state.get("progress")  # of the first epoch
 
     def start(self) -> None:
-        done = self.first_epoch * self.sampler.steps_per_epoch + self._resumed[0]
-        self.console.start(done // self.engine.update_freq)
+        num_batches, update_freq = self.sampler.steps_per_epoch, self.engine.update_freq
+        self.console.total = self.epochs * num_batches // update_freq
+        self.console.start((self.first_epoch * num_batches + self._resumed[0]) // update_freq)
 
     def start_epoch(self, epoch: int) -> int:
         """Positions the sampler; returns the first batch to train."""
