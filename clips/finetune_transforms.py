@@ -17,7 +17,7 @@ from clips.transforms import Chain, ClipTransform, ColorJitter, RandomResizedCro
 from utils import SettingError
 
 GREY = (128, 128, 128)
-# The policies that timm understands; it ignores unknown parts without a word.
+# The policies that timm understands; it silently ignores unknown parts.
 POLICY = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(weights|3aw?))*")
 
 
@@ -42,7 +42,7 @@ class RandAugment:
         self.transform = rand_augment_transform(policy, settings)
 
     def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
-        """uint8 (T,3,H,W) -> the same shape; the same operations and arguments for every frame."""
+        """Applies the same operations and arguments to every frame of uint8 (T,3,H,W)."""
         seed = draw_seed(rng)
         frames = []
         for frame in clip.permute(0, 2, 3, 1).numpy():  # (H,W,3)
