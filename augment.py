@@ -35,18 +35,13 @@ def to_pixels(clips: Tensor) -> Tensor:
 def normalize(pixels: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
     """Computes (pixels - mean) / std per channel: float (B,C,T,H,W) -> the same shape, dtype and device.
 
-    `mean` and `std` stay Python numbers: a tensor of them would be copied to the device, and waited for, in every
-    step.
-
-    Args:
-        mean, std: one number per channel.
-
     Raises:
-        ValueError: their number is not C.
+        ValueError: there is not one mean and one deviation per channel.
     """
     channels = pixels.shape[1]
     if not len(mean) == len(std) == channels:
         raise ValueError(f"clips of {channels} channels, but {len(mean)} means and {len(std)} deviations")
+    # Python numbers: a tensor of them would be copied to the device, and waited for, in every step.
     return torch.stack([(x - m) / s for x, m, s in zip(pixels.unbind(1), mean, std)], dim=1)
 
 
@@ -75,10 +70,7 @@ class ClipErasing:
         self.erasing = RandomErasing(prob, mode=mode, max_count=count)
 
     def __call__(self, clips: Tensor, rng: np.random.Generator) -> Tensor:
-        """Erases normalised float (B,C,T,H,W) -> the same shape; `clips` itself may change.
-
-        `rng` decides the boxes, torch's generator of the device the noise.
-        """
+        """Erases boxes of float (B,C,T,H,W), possibly in place: `rng` draws them, torch's generator the noise."""
         num_frames = clips.shape[2]
         clean = clips[:, :, : num_frames // self.count if self.count > 1 else 0].clone()
         self.erasing.device = clips.device
@@ -132,12 +124,9 @@ class ClipMixup:
         self.mixup.mixup_enabled = mixup > 0 or cutmix > 0 or cutmix_minmax is not None
 
     def __call__(self, clips: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Mixes clips float (B,C,T,H,W) and labels int64 (B,); `clips` itself may change.
+        """Mixes clips float (B,C,T,H,W), possibly in place, and labels int64 (B,), into targets float (B,K).
 
         CutMix cuts the same box from every frame, and its area is the weight of the other label.
-
-        Returns:
-            Clips of the same shape, targets float (B,K).
         """
         odd, middle = len(clips) % 2, len(clips) // 2
         if odd:  # timm needs an even number: the middle clip is paired with its own copy

@@ -22,7 +22,7 @@ class LoadSettings:
         batch_size: videos in a batch of one process.
         update_freq: batches that make one optimiser step.
         num_workers: processes that decode; 0 decodes in this one.
-        pin_memory: whether batches are made in pinned memory; only where there is a GPU to copy to.
+        pin_memory: whether batches lie in pinned memory, where there is a GPU to copy to.
         rank, world_size: this process, and how many there are.
     """
 

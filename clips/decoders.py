@@ -14,12 +14,9 @@ from utils import SettingError
 
 
 class PyAV:
-    """Reads frames with PyAV, which brings its own FFmpeg.
+    """Reads frames with PyAV, which brings its own FFmpeg."""
 
-    `misreads`, here and below: the traits of files that the decoder gets wrong.
-    """
-
-    misreads = frozenset()
+    misreads = frozenset()  # traits of files that the decoder gets wrong
 
     def __init__(self, path, index: VideoIndex):
         self.path, self.index = path, index

@@ -17,7 +17,7 @@ from clips.transforms import Chain, ClipTransform, ColorJitter, RandomResizedCro
 from utils import SettingError
 
 GREY = (128, 128, 128)
-# The policies that timm understands; it ignores unknown parts without a word.
+# The policies that timm understands; it silently ignores unknown parts.
 POLICY = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(weights|3aw?))*")
 
 
@@ -42,7 +42,7 @@ class RandAugment:
         self.transform = rand_augment_transform(policy, settings)
 
     def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
-        """uint8 (T,3,H,W) -> the same shape; the same operations and arguments for every frame."""
+        """Applies the same operations and arguments to every frame of uint8 (T,3,H,W)."""
         seed = draw_seed(rng)
         frames = []
         for frame in clip.permute(0, 2, 3, 1).numpy():  # (H,W,3)
@@ -59,7 +59,6 @@ def build_finetune_transform(
     interpolation: str = "bicubic",
     color_jitter: float = 0.4,
     scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (0.75, 1.3333),
 ) -> ClipTransform:
     """Builds the training transform: RandAugment, then a random resized crop, mirrored half the time if `flip`.
 
@@ -70,12 +69,12 @@ def build_finetune_transform(
         size: side of the crop in pixels.
         aa: policy of RandAugment, or "none"; then colours are jittered by `color_jitter` instead, as in timm.
         interpolation: of RandAugment.
-        scale, ratio: see `RandomResizedCrop`.
+        scale: see `RandomResizedCrop`.
 
     Raises:
         SettingError: the policy is unknown.
     """
-    crop = RandomResizedCrop(size=size, scale=scale, ratio=ratio, flip=0.5 if flip else 0.0, antialias=False)
+    crop = RandomResizedCrop(size=size, scale=scale, flip=0.5 if flip else 0.0, antialias=False)
     if aa not in ("", "none"):
         return Chain(transforms=(RandAugment(policy=aa, interpolation=interpolation), crop))
     if color_jitter > 0:

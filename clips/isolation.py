@@ -133,13 +133,7 @@ class _Child:
         self.end_at_exit = Finalize(self, _end, args=(self.pid, self.connection, True), exitpriority=10)
 
     def call(self, args: tuple, timeout: float):
-        """Returns the function's result.
-
-        Raises:
-            TimeoutError: the child has not answered in time.
-            ConnectionError: the child has died.
-            _Raised: the function has raised.
-        """
+        """Returns the function's result, or raises TimeoutError, ConnectionError (the child died) or _Raised."""
         try:
             self.connection.send_bytes(pickle.dumps(args))
             if not self.connection.poll(timeout):

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -40,7 +40,7 @@ class VideoList(Sequence):
     their pages into every worker process.
     """
 
-    def __init__(self, *, list_path: str, root: str, paths: list[str], labels: list[int], lines: list[int]):
+    def __init__(self, *, list_path: str, root: str, paths: Sequence[str], labels: Sequence[int], lines: Sequence[int]):
         encoded = [os.fsencode(path) for path in paths]
         self.list_path = list_path
         self.root = root
@@ -84,32 +84,27 @@ def read_list(list_path: str | Path, data_root: str | Path | None = None) -> Vid
         raise ListError(f"the list of videos {list_path} {what}: set --data_path to a text file of `path label`")
     if not root.is_dir():
         raise ListError(f"the folder of the videos {root} does not exist: set --data_root to it")
-    paths, labels, numbers = [], [], []
+    rows = []
     with open(list_path, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             line = line.strip()
             if not line or line.startswith("#"):
                 continue
             try:
-                path, label = parse_line(line)
+                rows.append((*parse_line(line), number))
             except ValueError as error:
                 raise ListError(f"{list_path}, line {number}: {error}") from None
-            paths.append(path)
-            labels.append(label)
-            numbers.append(number)
-    if not paths:
+    if not rows:
         raise ListError(f"the list of videos {list_path} is empty: write one `path label` a line")
+    paths, labels, numbers = zip(*rows)
     return VideoList(list_path=str(list_path), root=str(root), paths=paths, labels=labels, lines=numbers)
 
 
 def parse_line(line: str) -> tuple[str, int]:
-    """Parses one stripped line of a list, see `read_list`.
-
-    Returns:
-        The path as written, with its suffix; the label or NO_LABEL.
+    """Parses one stripped line (see `read_list`) into a path with suffix and a label or NO_LABEL.
 
     Raises:
-        ValueError: the line is malformed; the message says how, but not where it stands.
+        ValueError: the line is malformed.
     """
     labelled = LABELLED.fullmatch(line)
     path, label = (labelled[1], int(labelled[2])) if labelled else (line, NO_LABEL)
@@ -142,12 +137,9 @@ def refuse_doubtful_path(path: str) -> None:
 
 
 def find_videos(root: Path, *, skip: Path | None = None) -> list[PurePath]:
-    """Finds the videos in a folder and below it, following links.
+    """Finds the videos below a folder, following links: sorted paths relative to `root`.
 
     Hidden files and folders, and the folder `skip`, are left out.
-
-    Returns:
-        Their paths relative to `root`, sorted.
     """
     videos, seen = [], set()
     for folder, names, files in os.walk(root, followlinks=True):
@@ -187,11 +179,7 @@ def read_splits(
 
 
 def check_labels(videos: VideoList, num_classes: int) -> None:
-    """Checks that every video has a label below `num_classes`.
-
-    Raises:
-        ListError: naming the first line at fault.
-    """
+    """Raises a ListError, naming the first line at fault, unless every label is one of `num_classes`."""
     wrong = np.flatnonzero((videos.labels < 0) | (videos.labels >= num_classes))
     if len(wrong) == 0:
         return
@@ -226,42 +214,33 @@ def read_labels(path: str, num_classes: int) -> list[str]:
 
 
 def check_readable(videos: VideoList, decoder: str = "auto", *, decode_timeout: float = 0, limit: int = 1000) -> str:
-    """Finds a video whose first frame decodes, among at most `limit` spread evenly over the list.
-
-    Called before training starts.
+    """Returns the path of a video whose first frame decodes, of at most `limit` spread evenly over the list.
 
     Args:
         decode_timeout: seconds, see `ClipSettings`.
-
-    Returns:
-        The path of the first such video.
 
     Raises:
         ListError: there is none; with the first three reasons.
     """
     look = Isolated(partial(_decode_first_frame, decoder=decoder), decode_timeout)
+    failures = []
     try:
-        return _first_readable(videos, look, limit)
+        for index in np.linspace(0, len(videos) - 1, min(len(videos), limit), dtype=int):
+            path = videos[index].path
+            try:
+                look(path)
+                return path
+            except VideoError as error:
+                failures.append(error)
     finally:
         look.stop()
-
-
-def _decode_first_frame(path: str, *, decoder: str) -> None:
-    with open_video(path, decoder) as video:
-        video.get_frames([0])
-
-
-def _first_readable(videos: VideoList, look: Callable[[str], None], limit: int) -> str:
-    failures = []
-    for index in np.linspace(0, len(videos) - 1, min(len(videos), limit), dtype=int):
-        try:
-            path = videos[index].path
-            look(path)
-            return path
-        except VideoError as error:
-            failures.append(error)
     reasons = "".join(f"\n  {error.path}: {error.reason}" for error in failures[:3])
     raise ListError(
         f"none of {len(failures)} videos tried of {videos.list_path} can be read (relative paths start from "
         f"{videos.root}; --data_root changes that). The first errors:{reasons}"
     )
+
+
+def _decode_first_frame(path: str, *, decoder: str) -> None:
+    with open_video(path, decoder) as video:
+        video.get_frames([0])

@@ -88,7 +88,7 @@ class RandomView:
         raise NotImplementedError
 
     def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
-        """uint8 (T,C,H,W) -> uint8 (T,C,size,size); the same view of every frame."""
+        """Takes the same view of every frame: uint8 (T,C,H,W) -> uint8 (T,C,size,size)."""
         height, width = clip.shape[-2:]
         view = self.draw(width, height, rng)
         return apply_view(clip, view, self.size, interpolation=self.interpolation, antialias=self.antialias)
@@ -214,7 +214,7 @@ class EvenCrops:
         return [(middle[0], place) if long else (place, middle[1]) for place in places]
 
     def __call__(self, clip: Tensor) -> Tensor:
-        """uint8 (T,C,H,W) -> uint8 (num_crops,T,C,size,size)."""
+        """Resizes and crops uint8 (T,C,H,W) -> uint8 (num_crops,T,C,size,size)."""
         clip = resize(clip, *self.resized_shape(*clip.shape[-2:]), antialias=False)
         corners = self.corners(*clip.shape[-2:])
         return torch.stack([clip[..., y : y + self.size, x : x + self.size] for y, x in corners])
@@ -231,7 +231,7 @@ class ColorJitter:
         return tuple(rng.uniform(max(0.0, 1 - self.strength), 1 + self.strength, size=3).tolist())
 
     def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
-        """uint8 (T,C,H,W) -> the same shape; the same factors for every frame."""
+        """Applies the same factors to every frame of uint8 (T,C,H,W)."""
         brightness, contrast, saturation = self.draw(rng)
         clip = F.adjust_brightness(clip, brightness)
         clip = F.adjust_contrast(clip, contrast)
@@ -256,13 +256,7 @@ CROPS = {"multi_scale": MultiScaleCrop, "random_resized": RandomResizedCrop}  # 
 def build_pretrain_transform(
     crop: str, *, size: int, interpolation: str = "bilinear", color_jitter: float = 0.0
 ) -> ClipTransform:
-    """Builds the pre-training transform.
-
-    Args:
-        crop: "multi_scale" (never mirrored) or "random_resized" (mirrored half the time), as published.
-        size: side of the crop in pixels.
-        interpolation: "bilinear" or "bicubic".
-        color_jitter: see `ColorJitter`; 0 is off.
+    """Builds the pre-training transform: a key of CROPS to `size` pixels, then ColorJitter unless it is 0.
 
     Raises:
         SettingError: the crop is unknown.

@@ -1,8 +1,4 @@
-"""Reading chosen frames of a video file, whichever decoder does it.
-
-with open_video("clip.mp4") as video:
-    frames = video.get_frames([0, 4, 8])  # uint8 (3,3,H,W)
-"""
+"""Reading chosen frames of a video file, with torchcodec, decord or PyAV behind one class."""
 
 import numpy as np
 import torch
@@ -13,14 +9,10 @@ from clips.video_index import VideoError, index_video, video_errors
 
 
 class Video:
-    """An open video, for use in a `with` block.
+    """An open video with num_frames, fps (mean, 1/s) and size (H,W); PyAV reads what the decoder can't.
 
-    What the chosen decoder is known to misread, or refuses, PyAV reads.
-
-    Attributes:
-        num_frames: as every decoder counts them.
-        fps: mean frame rate, 1/s.
-        size: (H,W) of the upright picture in pixels.
+        with open_video("clip.mp4") as video:
+            frames = video.get_frames([0, 4, 8])  # uint8 (3,3,H,W)
 
     Raises:
         VideoError: the file is missing, empty, cut off or unreadable, or has no video.
@@ -80,5 +72,5 @@ class Video:
 
 
 def open_video(path, decoder: str = "auto") -> Video:
-    """Opens a video file with the decoder of a name, see `Video`."""
+    """Opens a video file, see `Video`."""
     return Video(path, decoder)

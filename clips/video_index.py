@@ -16,12 +16,7 @@ MAX_SIDE, MAX_PIXELS = 16384, 8192 * 4320  # of a frame; only a damaged header p
 
 
 class VideoError(RuntimeError):
-    """A video that can't be opened or decoded.
-
-    Attributes:
-        path: of the file.
-        reason: one line.
-    """
+    """A video that can't be opened or decoded, with its path and the reason in one line."""
 
     def __init__(self, path, reason: str):
         super().__init__(path, reason)
@@ -71,19 +66,12 @@ class VideoIndex:
 
 
 def open_stream(path):
-    """Opens PyAV's container and video stream, decoding in the calling thread: data workers run in parallel.
-
-    Raises:
-        VideoError: there is no video stream.
-    """
+    """Opens PyAV's container and video stream, decoding in the calling thread: data workers run in parallel."""
     container = av.open(str(path))
     stream = container.streams.best("video")
-    if stream is None:
+    if stream is None or stream.disposition & Disposition.attached_pic:
         container.close()
-        raise VideoError(path, "has no video stream")
-    if stream.disposition & Disposition.attached_pic:
-        container.close()
-        raise VideoError(path, "has no video stream, only a cover picture")
+        raise VideoError(path, f"has no video stream{', only a cover picture' if stream is not None else ''}")
     stream.codec_context.thread_count = 1
     return container, stream
 
@@ -129,12 +117,10 @@ def index_video(path) -> VideoIndex:
 
 
 def _promised_seconds(container, stream) -> float:
-    """The duration that the header gives, in seconds; 0 where it gives none.
-
-    Matroska gives that of the whole file, which another stream may make longer than the video.
-    """
+    """The duration that the header gives, in seconds; 0 where it gives none."""
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
+    # Matroska gives that of the whole file, which another stream may make longer than the video.
     return (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0.0
 
 

@@ -1,9 +1,9 @@
-"""Damages small videos at random and reads each: what comes of it, as one line of JSON.
+"""Damages small videos at random, reads each, and prints the outcomes as one line of JSON.
 
     python tests/fuzz.py pyav 0 80    # the mutations 0 to 79
 
-A program of its own, so that a decoder's crash, hang or hunger for memory is seen and survived. Mutation k is
-the same in every run.
+A separate program, so that a decoder's crash, hang or use of memory is measured and survived. Mutation k is the
+same in every run.
 """
 
 import collections
@@ -74,7 +74,7 @@ def shuffle_blocks(data, rng):
 
 
 def swap_names(data, rng):
-    """Exchange the names of two boxes or chunks: runs of four small letters."""
+    """Exchanges the names of two boxes or chunks: runs of four small letters."""
     text = np.frombuffer(bytes(data), np.uint8)
     letters = np.lib.stride_tricks.sliding_window_view((text >= 97) & (text <= 122), 4).all(1)
     i, j = sorted(rng.choice(np.flatnonzero(letters), 2))
@@ -83,7 +83,7 @@ def swap_names(data, rng):
 
 
 def grow_numbers(data, rng):
-    """Make four-byte numbers of the header huge: sizes, counts, durations, pictures 32768 wide."""
+    """Makes four-byte numbers of the header huge: sizes, counts, durations, pictures 32768 wide."""
     for i in rng.integers(0, min(len(data), 2048) - 4, 3):
         data[i : i + 4] = rng.choice([b"\x7f\xff\xff\xff", b"\xff\xff\xff\xff", b"\x80\x00\x80\x00"])
 
@@ -95,7 +95,7 @@ MUTATIONS = [
 
 
 def mutated(seeds: dict[str, bytes], number: int) -> tuple[str, bytes]:
-    """File name and content of a mutation: every sort of file meets every way to damage it."""
+    """Returns file name and content of a mutation; the numbers run over all pairs of file and damage."""
     name = list(seeds)[number % len(seeds)]
     rng = np.random.default_rng([0, number])
     data = bytearray(seeds[name])
@@ -104,7 +104,7 @@ def mutated(seeds: dict[str, bytes], number: int) -> tuple[str, bytes]:
 
 
 def read(path: str, decoder: str) -> tuple[int, ...]:
-    """Some frames of a video, as training reads them; returns their shape. Checks what a caller relies on."""
+    """Reads some frames as training does, checks what callers rely on, and returns their shape."""
     with open_video(path, decoder) as video:
         indices = np.unique(np.linspace(0, video.num_frames - 1, 6).astype(int))[::-1]
         frames = video.get_frames(indices)
@@ -115,7 +115,7 @@ def read(path: str, decoder: str) -> tuple[int, ...]:
 
 
 def outcome(load: Isolated, path: Path, decoder: str) -> tuple[str, str]:
-    """(what became of a file, the reason): "read" or "refused", as they should; "crashed" or "hung", survived."""
+    """Returns (outcome, reason): "read" or "refused", as expected; "crashed" or "hung", survived; or "wrong"."""
     try:
         load(str(path), decoder)
         return "read", ""

@@ -133,7 +133,7 @@ def test_flags_replace_entries_of_the_table():
         ("SSV2", {"test_crops": 0}, r"--test_num_crop"),
     ],
 )
-def test_settings_that_cannot_be_are_named(name, settings, complaint):
+def test_impossible_settings_are_named(name, settings, complaint):
     with pytest.raises(ValueError, match=complaint):
         resolve_data_set(name, **settings)
 
@@ -304,7 +304,7 @@ def test_mae_st_spans_the_same_time_at_any_frame_rate(tmp_path):
     assert spans == [6, 12]
 
 
-def test_an_unreadable_video_of_a_test_is_told_and_not_replaced(mixed):
+def test_an_unreadable_video_of_a_test_is_reported_and_not_replaced(mixed):
     for index in (1, 2):
         sample = evaluation(mixed, num_segments=2)[index]
         assert sample["clips"] is None and (sample["index"], sample["label"]) == (index, 1)
@@ -350,7 +350,7 @@ def test_validation_and_test_batches(folder, num_workers):
         assert clips.shape == (7, num_views, 3, FRAMES, 16, 16) and clips.dtype == torch.uint8
 
 
-def test_batches_of_a_test_tell_what_could_not_be_read(mixed):
+def test_batches_of_a_test_report_what_could_not_be_read(mixed):
     test = loaders({"test": mixed}, batch_size=4)["test"]  # one video a batch
     batches = list(test)
     assert [b["index"].tolist() for b in batches] == [[0], [], [], [3]]

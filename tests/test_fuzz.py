@@ -1,4 +1,4 @@
-"""Videos damaged at random: every decoder reads them or refuses them, and what else it does is survived."""
+"""Videos damaged at random: every decoder reads or refuses them; crashes and hangs are survived."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Reading in a child process: a call is like any other, and hangs, crashes and signals harm nobody."""
+"""Reading in a child process: calls behave as without one, and hangs, crashes and signals do no harm."""
 
 import ctypes
 import os
@@ -22,7 +22,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="th
 
 
 def act(path, *args):
-    """What the tests have done in the child."""
+    """What the tests run in the child."""
     if path == "pid":
         return os.getpid()
     if path == "hang":
