@@ -106,7 +106,7 @@ def files_in(folder) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-# --- the model's own activations ---
+# --- the model's own activations ----------------------------------------------------------------------------
 
 
 def clips_by_hand(path, indices):
@@ -181,7 +181,7 @@ def test_pooled_features_equal_the_published_code(name):
     torch.testing.assert_close(found, golden["out.features"], atol=1e-5, rtol=1e-4)
 
 
-# --- the clips ---
+# --- the clips ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_batches_and_workers_change_nothing(tmp_path, folder, checkpoint, more):
         assert np.array_equal(frames, same[0]) and about == same[1]
 
 
-# --- the files ---
+# --- the files ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "npy"])
@@ -339,7 +339,7 @@ def test_other_weights_under_the_same_name_are_refused(tmp_path, folder):
     extract(tmp_path / "another name.pth", tmp_path / "out", folder)
 
 
-# --- videos and settings at fault ---
+# --- videos and settings at fault ---------------------------------------------------------------------------
 
 
 def test_an_unreadable_video_is_reported_and_the_others_go_on(tmp_path, folder, checkpoint, monkeypatch):
