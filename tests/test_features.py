@@ -22,7 +22,7 @@ from modeling_pretrain import create_pretrain_model
 from probes import make_probe
 from runs.checkpoints import save_checkpoint
 from tools.inference import windows as clip_windows
-from tools.inference.trained import ClipSettings
+from tools.inference.trained import TrainedClips
 from weights.classifier import load_classifier
 from weights.names import load_weights
 
@@ -205,7 +205,7 @@ def test_a_video_shorter_than_a_clip_has_one_window(num_frames):
 def test_clips_show_the_frames_that_the_file_names(folder, monkeypatch, budget):
     """However many of them are decoded at a time."""
     monkeypatch.setattr(clip_windows, "FRAME_BYTES", budget)
-    clips = ClipSettings(4, "dense", 3, 48, 48, "imagenet", 5, 3)
+    clips = TrainedClips(4, "dense", 3, 48, 48, "imagenet", 5, 3)
     video = write_video(folder / "square.mp4", 40, size=(48, 48))
     windows = list(clip_windows.Windows(paths=[str(video)], clips=clips, stride=2, decoder="pyav"))
     (folder / "square.mp4").unlink()

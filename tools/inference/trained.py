@@ -91,7 +91,7 @@ def run_tool(program: str, work: Callable[[], int]) -> None:
 # --- the model ----------------------------------------------------------------------------------------------
 
 
-class ClipSettings(NamedTuple):
+class TrainedClips(NamedTuple):
     """The clips of a model and the views of its test."""
 
     num_frames: int
@@ -117,7 +117,7 @@ class Trained(NamedTuple):
     """A model in evaluation mode on its device, its clips, and the type of its mixed precision."""
 
     model: nn.Module
-    clips: ClipSettings
+    clips: TrainedClips
     device: torch.device
     amp: torch.dtype | None
 
@@ -156,7 +156,7 @@ def load_trained(args: argparse.Namespace, report: Callable[[str], None], *, hea
     return Trained(model.to(device), clips, device, resolve_amp(args.amp, device))
 
 
-def trained_clips(found: Weights, encoder: VisionTransformer, given: dict) -> ClipSettings:
+def trained_clips(found: Weights, encoder: VisionTransformer, given: dict) -> TrainedClips:
     """Returns the clips that a model was trained on: as its checkpoint says, else as its paper does.
 
     Args:
@@ -169,7 +169,7 @@ def trained_clips(found: Weights, encoder: VisionTransformer, given: dict) -> Cl
     short_side = given.get("short_side_size")
     if short_side is None and flags.get("input_size") in (None, size):  # it was chosen for this size
         short_side = flags.get("short_side_size")
-    return ClipSettings(
+    return TrainedClips(
         num_frames=encoder.window[0] * encoder.patch_embed.proj.kernel_size[0],
         sampling=given.get("sampling") or flags.get("sampling") or rule,
         sampling_rate=given.get("sampling_rate") or flags.get("sampling_rate") or 4,
