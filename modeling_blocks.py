@@ -85,11 +85,9 @@ class Blocks(nn.ModuleList):
     """Pre-norm transformer blocks: (B,N,D) -> (B,N,D).
 
     Args:
-        drop: dropout after attention and MLP.
-        attn_drop: dropout of attention weights.
+        drop, attn_drop: dropout after attention and MLP, and of attention weights.
         drop_path: stochastic depth of the last block, rising linearly from 0 in the first.
-        separate_qkv: project query, key and value separately, with biases (MAE-ST); else together, without a
-            key bias.
+        separate_qkv: `SeparateAttention`, else one projection without a key bias.
         checkpoint_activations: recompute activations in the backward pass instead of storing them.
     """
 

@@ -34,17 +34,11 @@ SIZES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What the classifiers of one paper have in common.
+    """What the classifiers of one paper have in common."""
 
-    Args:
-        settings: keyword arguments of `VisionTransformer`.
-        statistics: colour statistics of its input, a key of `augment.COLOUR_STATISTICS`.
-        sampling: rule for the frames of a clip, a key of `datasets.FRAME_RULES`, for videos of no data set.
-    """
-
-    settings: dict = field(default_factory=dict)
-    statistics: str = "imagenet"
-    sampling: str = "dense"
+    settings: dict = field(default_factory=dict)  # of `VisionTransformer`
+    statistics: str = "imagenet"  # of the input's colours, a key of `augment.COLOUR_STATISTICS`
+    sampling: str = "dense"  # of frames, where no data set says otherwise; a key of `datasets.FRAME_RULES`
 
 
 VIDEOMAE = Family()  # AdaMAE's classifiers are the same
@@ -71,10 +65,7 @@ CLASSIFIERS = {
 
 
 def parse_model_name(name: str, known: Collection[str]) -> tuple[Size, int, int]:
-    """Reads a name `..._<size>_..._patch<p>_<img>`.
-
-    Returns:
-        The entry of `SIZES`, the patch size and the input size in pixels.
+    """Reads a name `..._<size>_..._patch<p>_<img>`: entry of `SIZES`, patch size and input size in pixels.
 
     Raises:
         SettingError: `name` is not one of `known`.
@@ -86,11 +77,7 @@ def parse_model_name(name: str, known: Collection[str]) -> tuple[Size, int, int]
 
 
 def colour_statistics(name: str, *, imagenet: bool = True) -> str:
-    """Returns the key of `augment.COLOUR_STATISTICS` with which the input of a classifier is normalised.
-
-    Args:
-        imagenet: False replaces ImageNet's statistics by 0.5 (`--imagenet_default_mean_and_std false`).
-    """
+    """Key of `augment.COLOUR_STATISTICS` for a classifier's input; without `imagenet`, 0.5 replaces ImageNet's."""
     statistics = CLASSIFIERS[name].statistics
     return "half" if statistics == "imagenet" and not imagenet else statistics
 
@@ -118,11 +105,9 @@ class VisionTransformer(nn.Module):
 
     Args:
         size: width, depth and heads.
-        patch: side of a token in pixels.
+        patch, tubelet: side of a token in pixels, and its frames.
         window: grid of tokens (T',H',W').
-        tubelet: frames per token.
-        drop: dropout after the positions and in the blocks.
-        fc_drop: dropout before the head.
+        drop, fc_drop: dropout after the positions and in the blocks, and before the head.
         init_scale: factor on the head's initial weights.
         mean_pooling: average the tokens, without the class token; else classify the first token.
         slot_pooling: with mean pooling, average each time slot and classify the concatenation, which keeps the
@@ -225,9 +210,7 @@ class VisionTransformer(nn.Module):
             return self.pos_embed if self.pos_kind == "learnable" else self.positions
         grid = self.pos_embed_temporal[:, :, None] + self.pos_embed_spatial[:, None]  # (1,T',H'W',D)
         table = grid.flatten(1, 2)  # (1,N,D)
-        if self.pos_embed_class is None:
-            return table
-        return torch.cat([self.pos_embed_class, table], dim=1)  # (1,1+N,D)
+        return table if self.pos_embed_class is None else torch.cat([self.pos_embed_class, table], dim=1)
 
     def _encode(self, clip: Tensor) -> Tensor:
         x = self.patch_embed(clip)  # (B,N,D)
@@ -269,25 +252,20 @@ def create_classifier(
     num_frames: int = 16,
     input_size: int | None = None,
     tubelet: int = TUBELET,
-    pos_embed: str | None = None,
     **settings,
 ) -> VisionTransformer:
     """Builds a model of `CLASSIFIERS`.
 
     Args:
-        num_frames: frames per clip.
         input_size: side of the clip in pixels; by default the one in the name.
-        pos_embed: positions; by default those of the family.
-        settings: keyword arguments of `VisionTransformer`.
+        settings: keyword arguments of `VisionTransformer`; None means the family's or the default.
 
     Raises:
         SettingError: unknown name, or frames or pixels that do not divide into tokens.
     """
     size, patch, img = parse_model_name(name, CLASSIFIERS)
     window = token_grid(num_frames, input_size or img, patch, tubelet)
-    settings = {**CLASSIFIERS[name].settings, **settings}
-    if pos_embed is not None:
-        settings["pos_embed"] = pos_embed
+    settings = CLASSIFIERS[name].settings | {k: v for k, v in settings.items() if v is not None}
     return VisionTransformer(
         size=size, patch=patch, window=window, num_classes=num_classes, tubelet=tubelet, **settings
     )

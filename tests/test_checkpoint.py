@@ -157,7 +157,7 @@ def test_numpy_scalars_of_both_major_versions_are_read(tmp_path, core):
 
 
 @pytest.mark.parametrize("mask_type", ["adaptive", "tube"])
-def test_a_published_checkpoint_tells_its_model(tmp_path, mask_type):
+def test_a_published_checkpoint_is_rebuilt(tmp_path, mask_type):
     """No settings of ours in the file: size, depth of the decoder and sampler come from the shapes."""
     model = create_pretrain_model(
         "pretrain_videomae_small_patch16_224", mask_type=mask_type, mask_ratio=0.9, decoder_depth=2

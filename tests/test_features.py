@@ -22,7 +22,7 @@ from modeling_pretrain import create_pretrain_model
 from probes import make_probe
 from runs.checkpoints import save_checkpoint
 from tools.inference import windows as clip_windows
-from tools.inference.trained import ClipSettings
+from tools.inference.trained import TrainedClips
 from weights.classifier import load_classifier
 from weights.names import load_weights
 
@@ -106,7 +106,7 @@ def files_in(folder) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-# --- the model's own activations ---
+# --- the model's own activations ----------------------------------------------------------------------------
 
 
 def clips_by_hand(path, indices):
@@ -181,7 +181,7 @@ def test_pooled_features_equal_the_published_code(name):
     torch.testing.assert_close(found, golden["out.features"], atol=1e-5, rtol=1e-4)
 
 
-# --- the clips ---
+# --- the clips ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_video_shorter_than_a_clip_has_one_window(num_frames):
 def test_clips_show_the_frames_that_the_file_names(folder, monkeypatch, budget):
     """However many of them are decoded at a time."""
     monkeypatch.setattr(clip_windows, "FRAME_BYTES", budget)
-    clips = ClipSettings(4, "dense", 3, 48, 48, "imagenet", 5, 3)
+    clips = TrainedClips(4, "dense", 3, 48, 48, "imagenet", 5, 3)
     video = write_video(folder / "square.mp4", 40, size=(48, 48))
     windows = list(clip_windows.Windows(paths=[str(video)], clips=clips, stride=2, decoder="pyav"))
     (folder / "square.mp4").unlink()
@@ -235,7 +235,7 @@ def test_batches_and_workers_change_nothing(tmp_path, folder, checkpoint, more):
         assert np.array_equal(frames, same[0]) and about == same[1]
 
 
-# --- the files ---
+# --- the files ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "npy"])
@@ -339,7 +339,7 @@ def test_other_weights_under_the_same_name_are_refused(tmp_path, folder):
     extract(tmp_path / "another name.pth", tmp_path / "out", folder)
 
 
-# --- videos and settings at fault ---
+# --- videos and settings at fault ---------------------------------------------------------------------------
 
 
 def test_an_unreadable_video_is_reported_and_the_others_go_on(tmp_path, folder, checkpoint, monkeypatch):

@@ -1,4 +1,4 @@
-"""Prediction: which clips a checkpoint asks for, which videos are found, and what the program tells of them."""
+"""Prediction: which clips a checkpoint asks for, which videos are found, and what is printed."""
 
 import argparse
 import importlib.util
@@ -31,8 +31,8 @@ TINY = {"name": "vit_tiny_patch8_64", "num_classes": 6, "num_frames": 4, "input_
 TINY_MAE_ST = {**TINY, "name": "vit_tiny_mae_st_patch8_64"}
 
 
-def write_checkpoint(folder, settings=TINY, *, seed=0, probe=None, told=True, **flags):
-    """A classifier, or a probe of it, whose every weight is random; `told` in our form, else as published."""
+def write_checkpoint(folder, settings=TINY, *, seed=0, probe=None, ours=True, **flags):
+    """A classifier, or a probe of it, whose every weight is random; `ours` in our form, else as published."""
     torch.manual_seed(seed)
     model = create_classifier(**settings)
     for p in model.parameters():
@@ -40,9 +40,9 @@ def write_checkpoint(folder, settings=TINY, *, seed=0, probe=None, told=True, **
     if probe:
         model, settings = make_probe(model, kind=probe), {**settings, "probe": {"kind": probe}}
         torch.nn.init.normal_(model.head.weight, std=0.1)
-    state = {"model": model.state_dict(), "args": flags if told else argparse.Namespace(**flags)}
+    state = {"model": model.state_dict(), "args": flags if ours else argparse.Namespace(**flags)}
     path = folder / f"{settings['name']}-{seed}.pth"
-    save_checkpoint(path, {**state, "model_settings": settings} if told else state)
+    save_checkpoint(path, {**state, "model_settings": settings} if ours else state)
     return path
 
 
@@ -81,7 +81,7 @@ def scores_of(found: dict) -> np.ndarray:
     return scores
 
 
-# --- what it predicts ---
+# --- what it predicts ---------------------------------------------------------------------------------------
 
 
 def views_by_hand(path, indices, statistics):
@@ -158,7 +158,7 @@ def test_a_probe_predicts(tmp_path, folder, kind):
     np.testing.assert_allclose(scores.sum(1), 1, atol=1e-5)
 
 
-# --- what a checkpoint asks for ---
+# --- what a checkpoint asks for -----------------------------------------------------------------------------
 
 
 def clips_of(path, **given):
@@ -173,9 +173,9 @@ PUBLISHED = {"data_set": "SSV2", "num_frames": 4, "num_segments": 1, "input_size
              "imagenet_default_mean_and_std": True}  # fmt: skip
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_clips_are_those_of_the_run_that_made_the_checkpoint(tmp_path, told):
-    clips = clips_of(write_checkpoint(tmp_path, told=told, **PUBLISHED))
+@pytest.mark.parametrize("ours", [True, False])
+def test_clips_are_those_of_the_run_that_made_the_checkpoint(tmp_path, ours):
+    clips = clips_of(write_checkpoint(tmp_path, ours=ours, **PUBLISHED))
     assert clips == (4, "segments", 2, 32, 40, "imagenet", 2, 3)
 
 
@@ -197,8 +197,8 @@ def test_mae_st_on_a_data_set_keeps_its_colours_only(tmp_path):
     assert (clips.sampling, clips.statistics) == ("segments", "mae_st")
 
 
-def test_a_flag_comes_before_what_the_checkpoint_tells(tmp_path):
-    path = write_checkpoint(tmp_path, told=False, **PUBLISHED)
+def test_a_flag_comes_before_what_the_checkpoint_says(tmp_path):
+    path = write_checkpoint(tmp_path, ours=False, **PUBLISHED)
     given = {"sampling": "dense", "sampling_rate": 1, "num_frames": 8, "segments": 7, "crops": 1,
              "statistics": "half", "input_size": 64, "short_side_size": 72}  # fmt: skip
     assert clips_of(path, **given) == (8, "dense", 1, 64, 72, "half", 7, 1)
@@ -216,7 +216,7 @@ def test_mae_st_takes_its_own_frames(tmp_path, folder):
         assert np.array_equal(loader.dataset._frame_indices(video, 0), expected)
 
 
-# --- which videos ---
+# --- which videos -------------------------------------------------------------------------------------------
 
 
 def test_folders_are_searched_and_every_video_counts_once(folder, monkeypatch):
@@ -258,7 +258,7 @@ def test_an_unreadable_video_is_reported_and_the_others_are_predicted(tmp_path, 
     assert found["predictions"] == run_json(model, folder)["predictions"]
 
 
-# --- the program ---
+# --- the program --------------------------------------------------------------------------------------------
 
 
 def test_the_table_has_the_names_of_the_classes(tmp_path, folder):

@@ -54,7 +54,7 @@ def save(tmp_path, state, name="a.pth"):
     return tmp_path / name
 
 
-# --- against the published code ---
+# --- against the published code -----------------------------------------------------------------------------
 
 
 def golden_classifier(name, state, num_classes, **settings):
@@ -79,14 +79,14 @@ def assert_equal_weights(model, expected):
 def test_golden_pretrained_into_classifier(name, tmp_path):
     e1 = under("e1", tensors(name))
     weights, fresh, result = under("ckpt", e1), under("init", e1), under("result", e1)
-    told = manifest()["cases"][name]["subcases"]["e1"]["official_messages_paraphrase"]
-    weights |= {k: torch.zeros(1) for k in told["unused_from_ckpt"] if k not in weights}  # the decoder
+    stated = manifest()["cases"][name]["subcases"]["e1"]["official_messages_paraphrase"]
+    weights |= {k: torch.zeros(1) for k in stated["unused_from_ckpt"] if k not in weights}  # the decoder
     model = golden_classifier(name, weights, len(fresh["head.weight"]))
     model.load_state_dict(fresh, strict=False)
     report = load_into(model, save(tmp_path, {"model": weights}), report=quiet)
     assert_equal_weights(model, result)
-    assert sorted(report.fresh) == sorted(told["not_initialised"])
-    assert sorted(report.ignored) == sorted(told["unused_from_ckpt"])
+    assert sorted(report.fresh) == sorted(stated["not_initialised"])
+    assert sorted(report.ignored) == sorted(stated["unused_from_ckpt"])
     assert sorted(report.loaded) == sorted(result.keys() - set(report.fresh))
 
 
@@ -146,7 +146,7 @@ def test_golden_mae_st_into_classifier(name, key, tmp_path):
     assert (logits - numbers["out.logits"]).abs().max() < 1e-4 * numbers["out.logits"].abs().max()
 
 
-# --- kinds of files ---
+# --- kinds of files -----------------------------------------------------------------------------------------
 
 
 def as_file(form, model, tmp_path):
@@ -243,7 +243,7 @@ def test_huggingface_classifier(tmp_path, mean_pooling, published_names):
     torch.testing.assert_close(model(clip), theirs(clip.transpose(1, 2)).logits, rtol=1e-4, atol=1e-4)
 
 
-# --- what does not fit ---
+# --- what does not fit --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -277,9 +277,9 @@ def test_a_learned_table_starts_fresh_where_positions_were_fixed(tmp_path):
     start = model.pos_embed.detach().clone()
     report = load_into(model, save(tmp_path, {"model": source.state_dict()}), report=quiet)
     assert report.fresh == ["pos_embed"] and torch.equal(model.pos_embed, start)
-    told = {"model": source.state_dict(), "model_settings": {"pos_embed": "learnable"}}  # but has lost it
+    stated = {"model": source.state_dict(), "model_settings": {"pos_embed": "learnable"}}  # but has lost it
     with pytest.raises(CheckpointError, match=r": pos_embed is not in the file$"):
-        load_into(model, save(tmp_path, told), report=quiet)
+        load_into(model, save(tmp_path, stated), report=quiet)
 
 
 @pytest.mark.parametrize("more", [True, False])
@@ -317,7 +317,7 @@ def test_a_file_of_another_model_is_refused(tmp_path):
             load()
 
 
-# --- position tables ---
+# --- position tables ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("old", "new"), [((4, 3, 3), (8, 3, 3)), ((4, 3, 3), (4, 6, 6)), ((2, 4, 4), (5, 7, 7))])
@@ -363,17 +363,17 @@ def test_a_table_that_is_no_square_is_named_with_both_shapes(tmp_path):
         load_into(classifier(TINY_MAE_ST), save(tmp_path, weights), report=quiet)
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_joint_table_keeps_the_row_of_the_class_token(tmp_path, told):
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_joint_table_keeps_the_row_of_the_class_token(tmp_path, stated):
     joint = {"name": TINY_MAE_ST, "pos_embed": "learnable", "num_frames": 8}
     source, model = classifier(**joint), classifier(**{**joint, "input_size": 64})
-    state = {"model": source.state_dict(), **({"args": argparse.Namespace(num_frames=8)} if told else {})}
+    state = {"model": source.state_dict(), **({"args": argparse.Namespace(num_frames=8)} if stated else {})}
     load_into(model, save(tmp_path, state), report=quiet)
     assert torch.equal(model.pos_embed[:, :1], source.pos_embed[:, :1])
     assert torch.equal(model.pos_embed[:, 1:], resize_positions(source.pos_embed[:, 1:], (4, 4, 4), (4, 8, 8)))
 
 
-def test_the_file_tells_the_window_of_a_joint_table(tmp_path):
+def test_the_file_states_the_window_of_a_joint_table(tmp_path):
     """4 x 4 x 4 positions and 1 x 8 x 8 are as many; the flags in the file decide."""
     source = classifier(pos_embed="learnable", num_frames=8)
     model = classifier(pos_embed="learnable", num_frames=2, input_size=64)
@@ -397,7 +397,7 @@ def test_other_fixed_positions_are_noted(tmp_path):
     assert rebuild(path, headless=True, report=quiet).pos_kind == "sinusoid_3d"
 
 
-# --- rebuilding ---
+# --- rebuilding ---------------------------------------------------------------------------------------------
 
 
 def clip_for(model):
@@ -415,8 +415,8 @@ def clip_for(model):
 )
 def test_our_classifier_is_rebuilt(tmp_path, settings):
     source = classifier(**settings)
-    told = {**SMALL, **settings, "num_classes": 5}
-    path = save(tmp_path, {"model": source.state_dict(), "model_settings": told})
+    stated = {**SMALL, **settings, "num_classes": 5}
+    path = save(tmp_path, {"model": source.state_dict(), "model_settings": stated})
     clip = clip_for(source)
     model = rebuild(path, report=quiet)
     assert torch.equal(model(clip), source(clip)) and not model.training
@@ -429,8 +429,8 @@ def test_our_classifier_is_rebuilt(tmp_path, settings):
 @pytest.mark.parametrize("kind", ["linear", "attentive"])
 def test_our_probe_is_rebuilt(tmp_path, kind):
     probe = make_probe(classifier(), kind=kind, batch_norm=True).eval()
-    told = {"name": TINY, "num_classes": 5, **SMALL, "probe": {"kind": kind, "batch_norm": True}}
-    path = save(tmp_path, {"model": probe.state_dict(), "model_settings": told})
+    stated = {"name": TINY, "num_classes": 5, **SMALL, "probe": {"kind": kind, "batch_norm": True}}
+    path = save(tmp_path, {"model": probe.state_dict(), "model_settings": stated})
     clip = clip_for(probe)
     assert torch.equal(rebuild(path, report=quiet)(clip), probe(clip))
     features = rebuild(path, headless=True, report=quiet)(clip)
@@ -448,7 +448,7 @@ def test_our_probe_is_rebuilt(tmp_path, kind):
         {"name": TINY_MAE_ST, "pos_embed": "learnable"},
     ],
 )
-def test_a_published_classifier_tells_its_model(tmp_path, settings):
+def test_a_published_classifier_is_rebuilt(tmp_path, settings):
     """No settings of ours in the file, but its shapes and the flags of its run."""
     source = classifier(**settings)
     flags = argparse.Namespace(num_frames=4, num_segments=1, input_size=32, model="of another code")
@@ -459,7 +459,7 @@ def test_a_published_classifier_tells_its_model(tmp_path, settings):
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-def test_every_size_is_told_from_its_shapes(name):
+def test_every_size_follows_from_its_shapes(name):
     with torch.device("meta"):
         state = create_classifier(name, num_classes=7).state_dict()
         found = Weights(path=Path("a.pth"), tensors=state, settings={}, flags={}, ignored=[])
@@ -471,7 +471,7 @@ def test_without_flags_it_is_16_frames_and_the_pixels_of_the_name(tmp_path):
     model = rebuild(save(tmp_path, classifier().state_dict()), report=quiet)
     assert model.window == (8, 8, 8)
     model = rebuild(save(tmp_path, classifier(TINY_MAE_ST).state_dict()), report=quiet)
-    assert model.window == (2, 4, 4)  # its tables tell
+    assert model.window == (2, 4, 4)  # as its tables show
 
 
 @pytest.mark.parametrize("name", [TINY, TINY_MAE_ST])

@@ -34,21 +34,13 @@ HUGGING_FACE_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The weights read from a checkpoint, and what the file says about the model and the run.
+    """The weights read from a checkpoint, and what the file says about the model and the run."""
 
-    Args:
-        path: the file or folder, as it was given to `load_weights`.
-        tensors: state dict with the published names.
-        settings: keyword arguments that rebuild the model (our own files only).
-        flags: command line of the run, where the file has it.
-        ignored: names in the file without the prefix asked for.
-    """
-
-    path: Path
-    tensors: dict[str, Tensor]
-    settings: dict
-    flags: dict
-    ignored: list[str]
+    path: Path  # as given to `load_weights`
+    tensors: dict[str, Tensor]  # state dict with the published names
+    settings: dict  # keyword arguments that rebuild the model; empty in files of others
+    flags: dict  # of the run, where the file has them
+    ignored: list[str]  # names without the prefix asked for
 
     @cached_property
     def kind(self) -> str:
@@ -110,10 +102,7 @@ def _state_dict(path: Path, state: dict, keys: list[str]) -> dict[str, Tensor]:
 
 
 def weights_file(path: str | Path) -> Path:
-    """Finds the file with the weights in a folder of DeepSpeed (a tag, or several) or Hugging Face.
-
-    Returns:
-        The file; `path` itself where that is no folder.
+    """Finds the weights in a folder of DeepSpeed (one tag or several) or Hugging Face; a file is returned as is.
 
     Raises:
         CheckpointError: there is no such file, or there are several tags and no file `latest` naming one.
@@ -164,11 +153,7 @@ def plain_name(name: str) -> str:
 
 
 def recognise(names: Iterable[str]) -> str:
-    """Says which model has weights with these published names.
-
-    Returns:
-        "AdaMAE", "VideoMAE" or "MAE-ST" and "pre-training", "classifier" or "encoder"; "" for none of them.
-    """
+    """Names the model with these (published) names of weights, e.g. "MAE-ST classifier"; "" for an unknown one."""
     plain = {plain_name(name) for name in names}
     if "patch_embed.proj.weight" not in plain:
         return ""

@@ -13,18 +13,13 @@ POSITION_TABLES = ("pos_embed", "pos_embed_spatial", "pos_embed_temporal")
 
 
 def resize_tables(taken: dict[str, Tensor], target: dict[str, Tensor], window: Window, slots: int | None) -> list[str]:
-    """Resizes the position tables in `taken`, in place, to a model's window.
-
-    A table that belongs to no window stays as it is.
+    """Resizes the position tables in `taken`, in place, and returns a note about each; skips those of no window.
 
     Args:
         taken: weights from a file, by their names in the model.
         target: state dict of the model.
-        window: its tokens (T',H',W').
+        window: tokens (T',H',W') of the model.
         slots: time slots T' of the model that the file was made with, where known.
-
-    Returns:
-        A note about each table that was resized.
     """
     _, h, w = window
     notes = []
@@ -47,10 +42,9 @@ def resize_tables(taken: dict[str, Tensor], target: dict[str, Tensor], window: W
 
 
 def _joint_window(length: int, window: Window, slots: int | None) -> Window | None:
-    """Finds the window with square slices that has `length` positions.
+    """Finds the window of `length` positions with square slices.
 
-    Its number of time slots is the one that the file states, else the model's, as the published code assumes,
-    else the one that leaves slices of the model's size.
+    Tried are the time slots of the file, those of the model (as published), and those with its slices.
     """
     candidates = (slots, window[0], length // (window[1] * window[2]))
     return next(filter(None, (_square_slices(length, t) for t in candidates if t)), None)
@@ -64,7 +58,7 @@ def _square_slices(length: int, slots: int) -> Window | None:
 def resize_positions(table: Tensor, old: Window, new: Window) -> Tensor:
     """Resizes a position table from one window to another: (1,N,D) -> (1,N',D), of the same dtype.
 
-    Bicubic in each slice, as in the published code, which leaves time alone; linear in time.
+    Bicubic in each slice, as in the published code, which does not resize time; linear in time.
     """
     x = table.float().unflatten(1, old)[0].movedim(-1, 1)  # (t,D,h,w)
     if new[1:] != old[1:]:

@@ -15,12 +15,11 @@ from weights.names import Weights, load_weights, plain_name
 
 
 def find_tested(*, finetune: str, resume: str, output_dir: str, **place: str) -> Weights:
-    """Reads the weights to test: of the first file with a head among those that the flags name.
+    """Reads the weights to test.
 
-    These are `finetune`, then `resume`, or without it the best checkpoint in `output_dir`, or the newest.
+    They are in the first file with a head of: `finetune`; `resume`, or else the best or newest in `output_dir`.
 
     Args:
-        finetune, resume, output_dir: paths; "" where they are not given.
         place: `model_key` and `prefix` of `load_weights`, for the first of these files only.
 
     Raises:
@@ -88,9 +87,9 @@ def load_tested(found: Weights, model: VisionTransformer | Probe, report: Callab
         CheckpointError: as `fit_weights`; or the file lacks a weight of the model, or has a norm, pooling or
             head that the model lacks.
     """
-    heads = [tuple(tensor.shape) for tensor in (found.tensors["head.weight"], model.head.weight)]
-    if heads[0] != heads[1]:
-        raise CheckpointError(f"{found.path}: head.weight is {heads[0]} in the file and {heads[1]} in the model")
+    theirs, ours = (tuple(tensor.shape) for tensor in (found.tensors["head.weight"], model.head.weight))
+    if theirs != ours:
+        raise CheckpointError(f"{found.path}: head.weight is {theirs} in the file and {ours} in the model")
     tensors, became = fit_weights(found, model.state_dict(), window=model.window)
     if became.fresh:
         raise CheckpointError(f"{found.path} can't be tested: {became.fresh[0]} of the model is not in the file")
@@ -105,10 +104,7 @@ def load_tested(found: Weights, model: VisionTransformer | Probe, report: Callab
 
 
 def check_same_on_all_ranks(tested: str, model: VisionTransformer | Probe, world: World) -> None:
-    """Checks that all processes test the same weights.
-
-    Args:
-        tested: name of the weights, for the message.
+    """Checks that all processes test the same weights, which `tested` names.
 
     Raises:
         CheckpointError: the head's weights differ between ranks.

@@ -57,13 +57,13 @@ def inference_parser(program: str, description: str) -> argparse.ArgumentParser:
 
 
 def check_flags(args: argparse.Namespace, *more_counts: str) -> None:
-    """Validates the flags of `inference_parser` that can be checked before anything is read.
+    """Validates the numbers and the decoder among the flags of `inference_parser`.
 
     Args:
-        more_counts: names of further flags that must be at least 1 where they are given.
+        more_counts: further flags that must be at least 1 where they are given.
 
     Raises:
-        SettingError: names the flag and says what to change.
+        SettingError: a flag is wrong.
     """
     counts = ("batch_size", "num_frames", "input_size", "short_side_size", "sampling_rate", *more_counts)
     for name, least in {**dict.fromkeys(counts, 1), "num_workers": 0}.items():
@@ -89,27 +89,17 @@ def run_tool(program: str, work: Callable[[], int]) -> None:
 # --- the model ----------------------------------------------------------------------------------------------
 
 
-class ClipSettings(NamedTuple):
-    """The clips of a model.
-
-    Args:
-        num_frames: T.
-        sampling: rule for the frames, a key of `FRAME_RULES`.
-        sampling_rate: frames of the video per frame of the clip.
-        input_size: side of the square clip in pixels.
-        short_side: of the resized video in pixels, see `EvenCrops`.
-        statistics: a key of `COLOUR_STATISTICS`.
-        segments, crops: temporal and spatial views of its test.
-    """
+class TrainedClips(NamedTuple):
+    """The clips of a model and the views of its test."""
 
     num_frames: int
-    sampling: str
-    sampling_rate: int
-    input_size: int
-    short_side: int
-    statistics: str
-    segments: int
-    crops: int
+    sampling: str  # a key of `FRAME_RULES`
+    sampling_rate: int  # frames of the video per frame of the clip
+    input_size: int  # side of the clip in pixels
+    short_side: int  # of the resized video in pixels
+    statistics: str  # a key of `COLOUR_STATISTICS`
+    segments: int  # temporal views
+    crops: int  # spatial views
 
     def make_crops(self, num_crops: int) -> EvenCrops:
         """Returns the spatial views of a test, as `build_finetuning_loaders` makes them."""
@@ -122,7 +112,7 @@ class Trained(NamedTuple):
     """A model in evaluation mode on its device, its clips, and the type of its mixed precision."""
 
     model: nn.Module
-    clips: ClipSettings
+    clips: TrainedClips
     device: torch.device
     amp: torch.dtype | None
 
@@ -161,7 +151,7 @@ def load_trained(args: argparse.Namespace, report: Callable[[str], None], *, hea
     return Trained(model.to(device), clips, device, resolve_amp(args.amp, device))
 
 
-def trained_clips(found: Weights, encoder: VisionTransformer, given: dict) -> ClipSettings:
+def trained_clips(found: Weights, encoder: VisionTransformer, given: dict) -> TrainedClips:
     """Returns the clips that a model was trained on: as its checkpoint says, else as its paper does.
 
     Args:
@@ -174,7 +164,7 @@ def trained_clips(found: Weights, encoder: VisionTransformer, given: dict) -> Cl
     short_side = given.get("short_side_size")
     if short_side is None and flags.get("input_size") in (None, size):  # it was chosen for this size
         short_side = flags.get("short_side_size")
-    return ClipSettings(
+    return TrainedClips(
         num_frames=encoder.window[0] * encoder.patch_embed.proj.kernel_size[0],
         sampling=given.get("sampling") or flags.get("sampling") or rule,
         sampling_rate=given.get("sampling_rate") or flags.get("sampling_rate") or 4,
@@ -195,7 +185,7 @@ def find_videos(arguments: Sequence[str]) -> dict[str, Path]:
 
     Returns:
         Their paths, each with its path below the folder that all arguments share: `a.mp4` and `b/c.mp4` for
-        the argument `folder`, `1.mp4` for `folder/1.mp4` alone.
+        the argument `folder`, and `1.mp4` for the only argument `folder/1.mp4`.
 
     Raises:
         SettingError: a folder holds no video.

@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from clips.video import Video, VideoError, open_video
 from datasets import FRAME_RULES
-from tools.inference.trained import ClipSettings
+from tools.inference.trained import TrainedClips
 
 FRAME_BYTES = 2**28  # of uncropped frames of one video in memory at a time
 
@@ -54,7 +54,7 @@ class Windows(IterableDataset):
         stride: see `sliding_windows`; None for the middle clip only.
     """
 
-    def __init__(self, *, paths: Sequence[str], clips: ClipSettings, stride: int | None, decoder: str):
+    def __init__(self, *, paths: Sequence[str], clips: TrainedClips, stride: int | None, decoder: str):
         self.paths = list(paths)
         self.clips = clips
         self.stride = stride
