@@ -45,9 +45,6 @@ def group_names(names: Iterable[str]) -> str:
     return ", ".join(f"{part}* ({n})" if part.endswith(".") else part for part, n in counts.items()) or "-"
 
 
-# --- loading ------------------------------------------------------------------------------------------------
-
-
 def load_classifier_weights(
     model: VisionTransformer, found: Weights, report: Callable[[str], None] = print
 ) -> LoadReport:
@@ -81,7 +78,6 @@ def load_classifier(
     Args:
         headless: replace the head by an identity, so that the model returns its features (B,D); pre-training
             checkpoints then work too.
-        report: called with the `LoadReport` as text.
         changes: settings of `create_classifier` that replace the checkpoint's, e.g. `num_frames`.
 
     Raises:
@@ -103,9 +99,6 @@ def _load(model: VisionTransformer | Probe, found: Weights) -> LoadReport:
     tensors, report = fit_weights(found, model.state_dict(), window=model.window)
     model.load_state_dict(tensors, strict=False)
     return report
-
-
-# --- the settings of a checkpoint ---------------------------------------------------------------------------
 
 
 def classifier_settings(found: Weights) -> dict:
@@ -152,9 +145,6 @@ def _classifier_name(found: Weights) -> str:
     raise CheckpointError(f"{found.path}: no known classifier is a {found.kind} model of {_describe(found.tensors)}")
 
 
-# --- what fits ----------------------------------------------------------------------------------------------
-
-
 def fit_weights(found: Weights, target: dict[str, Tensor], *, window: Window) -> tuple[dict[str, Tensor], LoadReport]:
     """Gives the tensors of a checkpoint the names and shapes of a classifier.
 
@@ -171,7 +161,8 @@ def fit_weights(found: Weights, target: dict[str, Tensor], *, window: Window) ->
     _check_known(found)
     origin = {name if name in target else plain_name(name): name for name in found.tensors}
     taken = {name: found.tensors[origin[name]] for name in origin if name in target}
-    notes = resize_tables(taken, target, window, _time_slots(found)) + _drop_other_head(taken, target)
+    slots = found.num_frames and found.num_frames // found.plain["patch_embed.proj.weight"].shape[2]
+    notes = resize_tables(taken, target, window, slots) + _drop_other_head(taken, target)
     unmatched = [name for name in origin if name not in taken]
 
     optional = {"pos_embed"} if _had_fixed_positions(found) else set()
@@ -197,11 +188,6 @@ def _check_known(found: Weights) -> None:
         raise CheckpointError(f"{found.path}: no checkpoint of a known video ViT (it holds {names}, ...)")
 
 
-def _time_slots(found: Weights) -> int | None:
-    """Number of time slots of the model in the file, where the file states its frames."""
-    return found.num_frames and found.num_frames // found.plain["patch_embed.proj.weight"].shape[2]
-
-
 def _had_fixed_positions(found: Weights) -> bool:
     has_table = any(name in POSITION_TABLES for name in found.plain)
     return not has_table and found.settings.get("pos_embed") not in ("learnable", "separable")
@@ -223,12 +209,7 @@ def _drop_other_head(taken: dict[str, Tensor], target: dict[str, Tensor]) -> lis
 def _misfits(
     taken: dict[str, Tensor], target: dict[str, Tensor], unmatched: list[str], optional: set[str]
 ) -> list[str]:
-    """Lists the signs of another architecture: other shapes, missing weights, weights without a counterpart.
-
-    Args:
-        unmatched: names in the file that the model lacks.
-        optional: names of the model that may be missing in the file.
-    """
+    """Lists the signs of another architecture; weights of the model in `optional` may be missing in the file."""
     shapes = [
         f"{name} is {tuple(value.shape)} in the file and {tuple(target[name].shape)} in the model"
         for name, value in taken.items()

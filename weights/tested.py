@@ -78,10 +78,7 @@ def _described(settings: dict, name: str) -> object:
 
 
 def load_tested(found: Weights, model: VisionTransformer | Probe, report: Callable[[str], None] = print) -> None:
-    """Loads the weights to test, all of them, into a classifier or probe.
-
-    Args:
-        report: called with the `LoadReport` as text.
+    """Loads the weights to test, all of them, into a classifier or probe; see `load_classifier_weights`.
 
     Raises:
         CheckpointError: as `fit_weights`; or the file lacks a weight of the model, or has a norm, pooling or

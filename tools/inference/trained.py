@@ -131,11 +131,7 @@ def encoder_of(model: nn.Module) -> VisionTransformer:
 
 
 def load_trained(args: argparse.Namespace, report: Callable[[str], None], *, headless: bool) -> Trained:
-    """Loads the model that the flags of `inference_parser` name.
-
-    Args:
-        report: called with the `LoadReport` as text.
-        headless: as in `load_classifier`.
+    """Loads the model that the flags of `inference_parser` name, as `load_classifier` does.
 
     Raises:
         SettingError: the device or a size does not work.
