@@ -1,4 +1,4 @@
-"""Annotation readers on small files in the official formats, matching with the disk, and the lists they make."""
+"""Annotation readers on small files in the official formats, matching with videos on disk, and writing lists."""
 
 import json
 from pathlib import PurePath
@@ -50,6 +50,13 @@ def test_ssv2_without_a_file_or_with_an_unknown_template_says_which(tmp_path):
     write_ssv2(tmp_path, "")
     (tmp_path / "train.json").write_text(json.dumps([{"id": "5", "template": "Eating [something]"}]))
     with pytest.raises(AnnotationError, match=r"train\.json: video 5: the class 'Eating"):
+        read("SSV2", tmp_path)
+
+
+def test_a_file_that_is_not_in_its_format_is_named(tmp_path):
+    write_ssv2(tmp_path, "")
+    (tmp_path / "train.json").write_text('[{"id": "5", "templ')
+    with pytest.raises(AnnotationError, match=r"train\.json is not in the official format"):
         read("SSV2", tmp_path)
 
 

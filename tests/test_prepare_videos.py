@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import multiprocessing
 import os
 import resource
 import signal
@@ -191,6 +192,8 @@ def misbehave(task):
         os.kill(os.getpid(), signal.SIGSEGV)
     if task == "hang":
         time.sleep(600)
+    if task == "bug":
+        raise ValueError(task)
     return task.upper()
 
 
@@ -203,10 +206,23 @@ def test_a_crash_and_a_hang_cost_their_own_task_only():
     assert outcomes[3] == Failure("not done after 1 s")
 
 
+def test_a_bug_fails_its_own_task_and_keeps_its_traceback(capfd):
+    outcomes = dict(run_tasks(misbehave, ["a", "bug", "b"], workers=1, timeout=20))
+    assert outcomes == {0: "A", 1: Failure("ValueError: bug"), 2: "B"}
+    assert "in misbehave" in capfd.readouterr().err
+
+
+def test_closing_early_ends_the_processes():
+    outcomes = run_tasks(misbehave, ["a", "hang", "hang"], workers=2, timeout=600)
+    assert next(outcomes) == (0, "A")
+    outcomes.close()
+    assert not [child for child in multiprocessing.active_children() if "pebble" in child.name]
+
+
 # --- a folder -----------------------------------------------------------------------------------------------
 
 
-def test_a_folder_becomes_the_same_folder_and_what_is_bad_is_told(tmp_path):
+def test_a_folder_becomes_the_same_folder_and_bad_videos_are_listed(tmp_path):
     raw, out = tmp_path / "raw", tmp_path / "raw" / "prepared"
     (raw / "air drumming").mkdir(parents=True)
     write_video(raw / "air drumming/b c 3.webm", 8, codec="libvpx-vp9", size=(96, 128))
@@ -292,7 +308,7 @@ def test_unfinished_files_of_other_runs_are_removed_only_when_they_are_old(tmp_p
     assert [path.name for path in tmp_path.iterdir()] == [".b.mp4.other.part"]
 
 
-def test_names_that_differ_in_the_suffix_only_are_told_apart():
+def test_sources_that_differ_only_in_their_suffix_get_different_names():
     paths = [PurePath(name) for name in ("a.avi", "a.mp4", "d/a.webm", "b.1.mov")]
     assert [name.as_posix() for name in target_names(paths)] == ["a.avi.mp4", "a.mp4.mp4", "d/a.mp4", "b.1.mp4"]
 
