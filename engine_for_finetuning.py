@@ -45,12 +45,12 @@ def finetune(
         TrainingDiverged, TooManyBadVideos, Stopped: see `TrainingRun`.
     """
     run.start()
-    for epoch in range(run.first_epoch, run.epochs):
+    for epoch in range(run.resumed.epoch, run.epochs):
         train = loaders["train"]
         finetune_one_epoch(run, engine, train, epoch=epoch, augmentation=augmentation, schedule=schedule, seed=seed)
         found = {}
         if "val" in loaders:
-            settings = {"colours": augmentation.colours, "stop": stop, "report_bad": run.report_bad}
+            settings = {"colours": augmentation.colours, "stop": stop, "report_bad": run.faults.videos.add}
             found = validate_all(engine, loaders["val"], **settings)
         run.stop_if_signalled()  # a validation that was cut short is repeated
         best.update(epoch, found)

@@ -50,7 +50,7 @@ def pretrain(
         TrainingDiverged, TooManyBadVideos, Stopped: see `TrainingRun`.
     """
     run.start()
-    for epoch in range(run.first_epoch, run.epochs):
+    for epoch in range(run.resumed.epoch, run.epochs):
         pretrain_one_epoch(
             run, engine, loader, epoch=epoch, losses=losses, colours=colours, schedule=schedule, seed=seed
         )

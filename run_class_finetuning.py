@@ -13,29 +13,20 @@ from torch.utils.data import DataLoader
 from augment import COLOUR_STATISTICS, BatchAugmentation, ClipErasing, ClipMixup
 from clips.finetune_transforms import build_finetune_transform
 from clips.lists import VideoList, check_readable, read_labels, read_splits
-from datasets import DATA_SETS, FRAME_RULES, ClipSettings, DataSet, resolve_data_set
+from datasets import DATA_SETS, FRAME_RULES, DataSet, resolve_data_set
 from engine_for_finetuning import finetune
 from evaluation import FUSIONS, test
 from loaders import build_finetuning_loaders
 from modeling_finetune import CLASSIFIER_POSITIONS, CLASSIFIERS, colour_statistics, parse_model_name, token_grid
 from optim import Engine
 from probes import build_classifier
-from runs.assembly import (
-    Session,
-    build_engine,
-    build_run,
-    build_schedule,
-    clip_flags,
-    describe,
-    load_settings,
-    open_session,
-)
+from runs.assembly import Session, build_engine, build_run, build_schedule, open_session
 from runs.best import BestCheckpoint, resume_best
 from runs.console import Console
 from runs.flags import AT_LEAST_ONE, AT_LEAST_ZERO, BELOW_ONE, ON_OFF, SHARE, Flags, check_common, common_parser
 from runs.program import run_program
 from runs.signals import StopSignals
-from utils import SettingError, World, seed_all
+from utils import SettingError, seed_all
 from weights.classifier import load_classifier_weights
 from weights.names import Weights, load_weights
 from weights.tested import check_same_on_all_ranks, check_tested, find_tested, load_tested
@@ -211,11 +202,8 @@ def model_settings(args: argparse.Namespace, num_classes: int, weights: Weights 
     return settings
 
 
-def build_loaders(args: argparse.Namespace, settings: Settings, world: World) -> dict[str, DataLoader]:
-    size, data_set = settings.model["input_size"], settings.data_set
-    clips = ClipSettings(
-        sampling=data_set.sampling, num_frames=settings.model["num_frames"], share_frames=True, **clip_flags(args)
-    )
+def build_loaders(session: Session, settings: Settings) -> dict[str, DataLoader]:
+    args, size, data_set = session.args, settings.model["input_size"], settings.data_set
     return build_finetuning_loaders(
         splits=settings.lists,
         data_set=data_set,
@@ -227,8 +215,8 @@ def build_loaders(args: argparse.Namespace, settings: Settings, world: World) ->
             color_jitter=args.color_jitter,
             scale=tuple(args.crop_scale),
         ),
-        settings=clips,
-        loading=load_settings(args, world),
+        settings=session.clips(sampling=data_set.sampling, num_frames=settings.model["num_frames"], share_frames=True),
+        loading=session.loading,
         input_size=size,
         short_side=args.short_side_size or size,
         random_validation=args.random_validation,
@@ -315,17 +303,19 @@ def train_and_test(session: Session, settings: Settings) -> int:
         UserError: see `finetune` and `test`.
     """
     args, world, console = session.args, session.world, session.console
-    loaders = build_loaders(args, settings, world)
+    loaders = build_loaders(session, settings)
     seed_all(args.seed)
     model = build_model(args, settings, console.say).to(world.device)
     tested = str(settings.weights.path) if args.eval else "the last weights"
+    if args.eval:
+        check_same_on_all_ranks(tested, model, world)  # before DDP makes them the same
     settings = settings._replace(weights=None)  # as large as the model
     average = {"ema_decay": args.model_ema_decay, "ema_force_cpu": args.model_ema_force_cpu} if args.model_ema else {}
     engine = build_engine(args, model, world, layer_decay=args.layer_decay, **average)
     session.to_close.callback(engine.close)
     videos = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items()) + " videos"
     classes = f"{settings.data_set.num_classes} classes of {args.data_set}"
-    console.say(describe(args, engine, world, model=classes, videos=videos))
+    session.describe(engine, model=classes, videos=videos)
     warn_of_empty_classes(args, settings.lists, console)
 
     augmentation = build_augmentation(args, settings.data_set.num_classes)
@@ -333,7 +323,7 @@ def train_and_test(session: Session, settings: Settings) -> int:
         best = train(session, settings, engine, loaders, augmentation)
         if not args.disable_eval_during_finetuning:
             tested = best.load_into(model) or tested
-    check_same_on_all_ranks(tested, model, world)
+        check_same_on_all_ranks(tested, model, world)
     return test(
         engine,
         loaders["test"],

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from augment import COLOUR_STATISTICS, to_pixels
 from clips.lists import VideoList, check_readable, read_list
 from clips.transforms import build_pretrain_transform
-from datasets import ClipSettings, TrainDataset
+from datasets import TrainDataset
 from engine_for_pretraining import pretrain
 from loaders import build_training_loader
 from masking_generator import ALIASES, RULES, visible_count
@@ -22,22 +22,13 @@ from optim import Engine
 from pictures.panels import training_picture
 from pictures.reconstruction import PictureSettings
 from runs import watchdog
-from runs.assembly import (
-    Session,
-    build_engine,
-    build_run,
-    build_schedule,
-    clip_flags,
-    describe,
-    load_settings,
-    open_session,
-)
+from runs.assembly import Session, build_engine, build_run, build_schedule, open_session
 from runs.flags import AT_LEAST_ONE, ON_OFF, POSITIVE, Flags, check_common, common_parser
 from runs.program import run_program
 from runs.signals import StopSignals
 from runs.training import TrainingRun
 from targets import ERRORS, TARGETS, Losses, create_target
-from utils import SettingError, World, seed_all
+from utils import SettingError, seed_all
 
 
 # fmt: off
@@ -121,13 +112,13 @@ def check_settings(args: argparse.Namespace) -> tuple[dict, VideoList]:
     return model_settings, read_list(args.data_path, args.data_root)
 
 
-def build_loader(args: argparse.Namespace, videos: VideoList, size: int, world: World) -> DataLoader:
+def build_loader(session: Session, videos: VideoList, size: int) -> DataLoader:
+    args = session.args
     transform = build_pretrain_transform(
         args.crop, size=size, interpolation=args.train_interpolation, color_jitter=args.color_jitter
     )
-    clips = ClipSettings(sampling="pretrain", num_frames=args.num_frames, **clip_flags(args))
-    dataset = TrainDataset(videos=videos, transform=transform, settings=clips)
-    return build_training_loader(dataset, load_settings(args, world))
+    clips = session.clips(sampling="pretrain", num_frames=args.num_frames)
+    return build_training_loader(TrainDataset(videos=videos, transform=transform, settings=clips), session.loading)
 
 
 def picture_drawer(
@@ -154,15 +145,15 @@ def train(session: Session, model_settings: dict, videos: VideoList) -> None:
     Raises:
         UserError: see `build_run` and `pretrain`.
     """
-    args, world, console = session.args, session.world, session.console
-    loader = build_loader(args, videos, model_settings["input_size"], world)
+    args, world = session.args, session.world
+    loader = build_loader(session, videos, model_settings["input_size"])
     seed_all(args.seed)
     model = create_pretrain_model(**model_settings).to(world.device)
     engine = build_engine(args, model, world, watch={"sampler": model.sampler_parameters()})
     session.to_close.callback(engine.close)
     masking = model.masking
     text = f"{masking.mask_type} masking: {masking.num_visible} of {masking.num_tokens} tokens visible"
-    console.say(describe(args, engine, world, model=text, videos=f"{len(videos)} videos"))
+    session.describe(engine, model=text, videos=f"{len(videos)} videos")
 
     run = build_run(session, engine, loader.sampler, model_settings=model_settings, videos=videos, num_read=len(videos))
     target = create_target(args.target, patch=model.patch, normalize=args.normalize_target)

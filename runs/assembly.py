@@ -10,6 +10,7 @@ from torch import nn
 
 from clips.decoders import resolve_decoder
 from clips.lists import VideoList
+from datasets import ClipSettings
 from loaders import EpochSampler, LoadSettings
 from optim import Engine, cosine_schedule, create_optimizer, resolve_amp
 from runs.bad_steps import BadBatches
@@ -61,9 +62,39 @@ class Session(NamedTuple):
     signals: StopSignals
     to_close: ExitStack  # closes what must be closed before the processes part
 
+    def clips(self, **settings) -> ClipSettings:
+        """The settings of clips, as far as both programs take them from the same flags; `settings` are the others."""
+        names = ("sampling_rate", "num_sample", "seed", "decoder", "decode_timeout")
+        return ClipSettings(**{name: getattr(self.args, name) for name in names}, **settings)
+
+    @property
+    def loading(self) -> LoadSettings:
+        return LoadSettings(
+            batch_size=self.args.batch_size,
+            update_freq=self.args.update_freq,
+            num_workers=self.args.num_workers,
+            pin_memory=self.args.pin_mem,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+
+    def describe(self, engine: Engine, *, model: str, videos: str) -> None:
+        """Prints a run's first lines: the model, the data, and the batch arithmetic."""
+        args, size = self.args, self.world.size
+        trained = sum(p.numel() for p in engine.module.parameters() if p.requires_grad) / 1e6
+        precision = str(engine.amp or torch.float32).removeprefix("torch.")
+        total, decoder = args.batch_size * args.update_freq * size, resolve_decoder(args.decoder)
+        self.console.say(
+            f"{args.model}, {trained:.2f} M trained parameters, {model}\n"
+            f"{videos} of {args.data_path}, decoder {decoder}, on {self.world.device} in {precision}\n"
+            f"{size} processes x {args.batch_size} videos x {args.update_freq} batches a step = {total}, "
+            f"{args.num_sample} clips a video\n"
+            f"learning rate {args.lr} x {total}/256 = {args.lr * total / 256:.3g}"
+        )
+
 
 def open_session(args: argparse.Namespace, flags: Flags, signals: StopSignals, to_close: ExitStack) -> Session:
-    """Joins the job's other processes, and opens the console (whose `total` is set later) and the log.
+    """Joins the job's other processes, and opens the console and the log.
 
     Raises:
         SettingError: see `start_world`.
@@ -76,34 +107,10 @@ def open_session(args: argparse.Namespace, flags: Flags, signals: StopSignals, t
         itp=args.dist_on_itp,
         dist_timeout=args.dist_timeout,
     )
-    console = Console(total_steps=0, show=world.is_main)
-    log = RunLog(
-        output_dir=args.output_dir, log_dir=args.log_dir or args.output_dir, show=world.is_main, warn=console.warn
-    )
+    console, log_dir = Console(total_steps=0, show=world.is_main), args.log_dir or args.output_dir
+    log = RunLog(output_dir=args.output_dir, log_dir=log_dir, show=world.is_main, warn=console.warn)
     to_close.callback(log.close)
     return Session(args, flags, world, console, log, signals, to_close)
-
-
-def clip_flags(args: argparse.Namespace) -> dict:
-    """The settings of clips that both programs take from their flags, as arguments of `ClipSettings`."""
-    return {
-        "sampling_rate": args.sampling_rate,
-        "num_sample": args.num_sample,
-        "seed": args.seed,
-        "decoder": args.decoder,
-        "decode_timeout": args.decode_timeout,
-    }
-
-
-def load_settings(args: argparse.Namespace, world: World) -> LoadSettings:
-    return LoadSettings(
-        batch_size=args.batch_size,
-        update_freq=args.update_freq,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem,
-        rank=world.rank,
-        world_size=world.size,
-    )
 
 
 def build_engine(
@@ -162,64 +169,33 @@ def build_run(
     args, world, console = session.args, session.world, session.console
     neutral = session.flags.neutral
     start = resume(engine, sampler, vars(args), neutral, model_settings=model_settings, world=world, console=console)
-    return TrainingRun(
-        engine=engine,
-        sampler=sampler,
-        epochs=args.epochs,
-        start=start,
-        world=world,
-        console=console,
-        log=session.log,
-        checkpoints=build_checkpoints(session, engine, sampler, model_settings, args.output_dir if save else ""),
-        faults=build_faults(args, engine, videos, world, console, num_read=num_read),
-        log_freq=args.log_freq,
-        save_freq=args.save_ckpt_freq,
-    )
-
-
-def build_checkpoints(
-    session: Session, engine: Engine, sampler: EpochSampler, model_settings: dict, output_dir: str
-) -> Checkpoints:
-    args = session.args
     votes = Votes(timeout=1.5 * args.dist_timeout)  # longer than the watchdog's limit, which reports more
     session.to_close.callback(votes.close)
-    return Checkpoints(
+    checkpoints = Checkpoints(
         engine=engine,
         sampler=sampler,
-        output_dir=output_dir,
+        output_dir=args.output_dir if save else "",
         about={"args": vars(args), "model_settings": model_settings},
         minutes=args.save_ckpt_minutes,
         keep=args.keep_ckpts,
         signals=session.signals,
         votes=votes,
-        world=session.world,
-        console=session.console,
-    )
-
-
-def build_faults(
-    args: argparse.Namespace, engine: Engine, videos: VideoList, world: World, console: Console, *, num_read: int
-) -> Faults:
-    files = {"output_dir": args.output_dir, "warn": console.warn}
-    return Faults(
-        videos=BadVideos(num_videos=num_read, limit=args.max_bad_videos, is_main=world.is_main, **files),
-        batches=BadBatches(videos=videos, world=world, **files),
-        steps=engine.bad_steps,
-        max_bad_steps=args.max_bad_steps,
+        world=world,
         console=console,
     )
-
-
-def describe(args: argparse.Namespace, engine: Engine, world: World, *, model: str, videos: str) -> str:
-    """A run's first lines: the model, the data, and the batch arithmetic."""
-    trained = sum(p.numel() for p in engine.module.parameters() if p.requires_grad) / 1e6
-    precision = str(engine.amp or torch.float32).removeprefix("torch.")
-    total = args.batch_size * args.update_freq * world.size
-    decoder = resolve_decoder(args.decoder)
-    return (
-        f"{args.model}, {trained:.2f} M trained parameters, {model}\n"
-        f"{videos} of {args.data_path}, decoder {decoder}, on {world.device} in {precision}\n"
-        f"{world.size} processes x {args.batch_size} videos x {args.update_freq} batches a step = {total}, "
-        f"{args.num_sample} clips a video\n"
-        f"learning rate {args.lr} x {total}/256 = {args.lr * total / 256:.3g}"
+    files = {"output_dir": args.output_dir, "warn": console.warn}
+    bad_videos = BadVideos(num_videos=num_read, limit=args.max_bad_videos, is_main=world.is_main, **files)
+    bad_batches = BadBatches(videos=videos, world=world, **files)
+    return TrainingRun(
+        engine=engine,
+        sampler=sampler,
+        epochs=args.epochs,
+        resumed=start,
+        world=world,
+        console=console,
+        log=session.log,
+        checkpoints=checkpoints,
+        faults=Faults(bad_videos, bad_batches, engine.bad_steps, args.max_bad_steps, console),
+        log_freq=args.log_freq,
+        save_freq=args.save_ckpt_freq,
     )

@@ -1,6 +1,6 @@
 """What goes wrong in a run without ending it at once: unreadable videos, and steps with a non-finite loss."""
 
-from torch import Tensor
+from dataclasses import dataclass
 
 from runs.bad_steps import BadBatches, BadSteps
 from runs.bad_videos import BadVideos
@@ -12,6 +12,7 @@ class TrainingDiverged(UserError, FloatingPointError):
     """The loss, or every score of a test, is not finite."""
 
 
+@dataclass
 class Faults:
     """Counts and records faults as they come; `review` ends the run where there are too many.
 
@@ -19,22 +20,15 @@ class Faults:
         max_bad_steps: number of skipped steps in a row that ends the run.
     """
 
-    def __init__(
-        self, *, videos: BadVideos, batches: BadBatches, steps: BadSteps, max_bad_steps: int, console: Console
-    ):
-        self.videos, self.batches, self.steps = videos, batches, steps
-        self.max_bad_steps, self.console = max_bad_steps, console
-        self.skipped_before = 0
+    videos: BadVideos
+    batches: BadBatches
+    steps: BadSteps
+    max_bad_steps: int
+    console: Console
 
     def start_epoch(self) -> None:
         self.skipped_before = self.steps.read()[0]
         self.batches.forget()
-
-    def add_batch(self, loss: Tensor, index: Tensor) -> None:
-        self.batches.add(loss, index)
-
-    def close_step(self, step: int) -> None:
-        self.batches.close_step(step, self.steps.last)
 
     def review(self, epoch: int, new_videos: int) -> int:
         """Reports and records what is new; all ranks call it together.

@@ -11,6 +11,7 @@ for bit.
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from loaders import EpochSampler
@@ -24,6 +25,7 @@ from runs.version import code_version
 from utils import World, broadcast_from_main
 
 
+@dataclass(kw_only=True)
 class Checkpoints:
     """Writes a run's checkpoints, and stops the run where a signal asks for it.
 
@@ -34,29 +36,24 @@ class Checkpoints:
         keep: how many checkpoint-<epoch>.pth to keep; 0 keeps all.
     """
 
-    def __init__(
-        self,
-        *,
-        engine: Engine,
-        sampler: EpochSampler,
-        output_dir: str,
-        about: dict,
-        minutes: float,
-        keep: int,
-        signals: StopSignals,
-        votes: Votes,
-        world: World,
-        console: Console,
-    ):
-        self.engine, self.sampler, self.world, self.console = engine, sampler, world, console
-        self.folder = Path(output_dir) if output_dir else None
-        self.about = {**about, "layout": layout_of(sampler), "version": code_version()}
-        self.about["optimizer_name"] = type(engine.optimizer).__name__
-        self.seconds, self.keep = 60 * minutes, keep
-        self.signals, self.votes = signals, votes
+    engine: Engine
+    sampler: EpochSampler
+    output_dir: str
+    about: dict
+    minutes: float
+    keep: int
+    signals: StopSignals
+    votes: Votes
+    world: World
+    console: Console
+
+    def __post_init__(self):
+        self.folder = Path(self.output_dir) if self.output_dir else None
+        self.about |= {"layout": layout_of(self.sampler), "version": code_version()}
+        self.about["optimizer_name"] = type(self.engine.optimizer).__name__
         self.saved_at = time.monotonic()
         self.unsaved = ""  # why the newest state is not on the disk
-        if self.folder and world.is_main:
+        if self.folder and self.world.is_main:
             for left in self.folder.glob(".checkpoint-*.tmp"):  # by a process that was killed while writing
                 left.unlink(missing_ok=True)
 
@@ -88,9 +85,7 @@ class Checkpoints:
             save_checkpoint(self.folder / name, state, keep_as=PREVIOUS if name == LAST else "")
         except (OSError, RuntimeError) as error:  # torch wraps what the file system raises
             self.unsaved = f"{self.folder / name} could not be written ({str(error).splitlines()[0]})"
-            self.console.warn(
-                f"{self.unsaved}: older checkpoints are untouched and the training goes on; free some space"
-            )
+            self.console.warn(f"{self.unsaved}: older checkpoints are untouched, the training goes on; free some space")
 
     def save_epoch(self, epoch: int, more: dict) -> None:
         """Writes checkpoint-<epoch>.pth, and removes older ones beyond the number to keep."""
@@ -111,7 +106,7 @@ class Checkpoints:
         Raises:
             Stopped: a signal came and the state is saved.
         """
-        due = self.seconds > 0 and time.monotonic() - self.saved_at > self.seconds
+        due = 0 < 60 * self.minutes < time.monotonic() - self.saved_at
         self._act(self.votes(self.signals.status, due and self.world.is_main), epoch, batch, state)
 
     def stop_if_signalled(self, epoch: int, batch: int, state: Callable[[], dict]) -> None:
@@ -130,7 +125,7 @@ class Checkpoints:
             raise Stopped(f"stopped in epoch {epoch}; {self.unsaved or 'nothing is kept without --output_dir'}", 1)
         raise Stopped(
             f"stopped in epoch {epoch} after {batch} of {self.sampler.steps_per_epoch} batches, saved in "
-            f"{self.folder / LAST}: start the same command again to go on",
+            f"{self.folder / LAST}: rerun the same command to resume",
             status,
         )
 

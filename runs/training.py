@@ -1,6 +1,7 @@
 """One training run as it goes: the loops report to it, and it logs, records faults, saves, and stops."""
 
 import time
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from runs.saving import Checkpoints
 from utils import World
 
 
+@dataclass(kw_only=True)
 class TrainingRun:
     """What happens in a run, in the order in which the loops report it:
 
@@ -29,43 +31,37 @@ class TrainingRun:
     Reading numbers from the device is the only host synchronisation; it happens every `log_freq` steps.
 
     Attributes:
-        first_epoch, epochs: the epochs to train are range(first_epoch, epochs).
+        resumed: where the run starts; the epochs to train are range(resumed.epoch, epochs).
         kept: further entries of every checkpoint, e.g. the best validation so far.
     """
 
-    def __init__(
-        self,
-        *,
-        engine: Engine,
-        sampler: EpochSampler,
-        epochs: int,
-        start: Start,
-        world: World,
-        console: Console,
-        log: RunLog,
-        checkpoints: Checkpoints,
-        faults: Faults,
-        log_freq: int = 20,
-        save_freq: int = 1,
-    ):
-        self.engine, self.sampler, self.world = engine, sampler, world
-        self.console, self.log, self.checkpoints, self.faults = console, log, checkpoints, faults
-        self.first_epoch, self.epochs = start.epoch, epochs
-        self.log_freq, self.save_freq = log_freq, save_freq
-        self.kept = {name: value for name, value in start.state.items() if name != "progress"}
-        self._resumed = start.batch, start.state.get("progress")  # of the first epoch
+    engine: Engine
+    sampler: EpochSampler
+    epochs: int
+    resumed: Start
+    world: World
+    console: Console
+    log: RunLog
+    checkpoints: Checkpoints
+    faults: Faults
+    log_freq: int = 20
+    save_freq: int = 1
+
+    def __post_init__(self):
+        self.kept = {name: value for name, value in self.resumed.state.items() if name != "progress"}
 
     def start(self) -> None:
         num_batches, update_freq = self.sampler.steps_per_epoch, self.engine.update_freq
         self.console.total = self.epochs * num_batches // update_freq
-        self.console.start((self.first_epoch * num_batches + self._resumed[0]) // update_freq)
+        self.console.start((self.resumed.epoch * num_batches + self.resumed.batch) // update_freq)
 
     def start_epoch(self, epoch: int) -> int:
         """Positions the sampler; returns the first batch to train."""
-        (first_batch, state), self._resumed = self._resumed, (0, None)
-        self.epoch = epoch
+        self.epoch, first_batch, progress = epoch, 0, None
+        if epoch == self.resumed.epoch:
+            first_batch, progress = self.resumed.batch, self.resumed.state.get("progress")
         self.sampler.set_epoch(epoch, first_batch)
-        self.statistics = EpochStatistics(self.world.device, self.world.size, state)
+        self.statistics = EpochStatistics(self.world.device, self.world.size, progress)
         self.faults.start_epoch()
         self._idle_since = time.perf_counter()
         return first_batch
@@ -93,7 +89,7 @@ class TrainingRun:
     def end_batch(self, batch: dict, values: dict[str, Tensor]) -> None:
         """Adds one batch of this rank and its 0-dimensional tensors: always the same names, one being "loss"."""
         self.statistics.meters.add(**values)
-        self.faults.add_batch(values["loss"], batch["index"])
+        self.faults.batches.add(values["loss"], batch["index"])
         self.statistics.clips += len(batch["clips"]) * self.world.size
         self._idle_since = time.perf_counter()
 
@@ -109,7 +105,7 @@ class TrainingRun:
         """
         step = self.step_number(index)
         self.console.advance()
-        self.faults.close_step(step)
+        self.faults.batches.close_step(step, self.faults.steps.last)
         if (step + 1) % self.log_freq == 0 or index + 1 == self.sampler.steps_per_epoch:
             means, skipped = self._read()
             self._report(step + 1, means, skipped, scalars)
@@ -143,10 +139,6 @@ class TrainingRun:
         """What a checkpoint needs to resume mid-epoch, beside the engine's state; all ranks call it together."""
         self._read()
         return {**self.kept, "progress": self.statistics.state_dict()}
-
-    def report_bad(self, videos: list[tuple[str, str]]) -> None:
-        """Records the (path, reason) of videos that a validation could not read."""
-        self.faults.videos.add(videos)
 
     def stop_if_signalled(self) -> None:
         """After the last batch of an epoch: see `Checkpoints.stop_if_signalled`."""
