@@ -32,9 +32,8 @@ ELEMENTWISE = (
 class DeepSpeedEngine(Engine):
     """A model with its optimiser under DeepSpeed, in one process or in many.
 
-    Weights and gradients stay float32 and autocast computes in `amp`, as in `Engine`: what a model does in
-    float32 (AdaMAE's sampler) remains so, and a checkpoint holds the true weights. One process needs no
-    launcher.
+    Weights and gradients stay float32 and autocast computes in `amp`, as in `Engine`: what a model does in float32
+    (AdaMAE's sampler) remains so, and a checkpoint holds the true weights. One process needs no launcher.
 
     Args:
         zero_stage: 0 shards nothing, 1 the optimiser's state, 2 the gradients too.

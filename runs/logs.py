@@ -15,8 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 class RunLog:
     """log.txt (one JSON object per epoch) in `output_dir`, TensorBoard in `log_dir`; '' switches either off.
 
-    A full or failing disk loses entries but does not end the run: `warn` is called once, until writing works
-    again.
+    A full or failing disk loses entries but does not end the run: `warn` is called once, until writing works again.
     """
 
     def __init__(

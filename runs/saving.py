@@ -4,9 +4,8 @@
     checkpoint-last.pth     every --save_ckpt_minutes, also mid-epoch, and when the run is asked to stop
     checkpoint-previous.pth the checkpoint-last.pth before it
 
-What is random in a step is drawn from (seed, batch, rank), and what happens to a video from (seed, epoch, video).
-So the position within the epoch is all the random state there is, and a resumed run repeats a straight one bit
-for bit.
+What is random in a step is drawn from (seed, batch, rank), and what happens to a video from (seed, epoch, video). So
+the position within the epoch is all the random state there is, and a resumed run repeats a straight one bit for bit.
 """
 
 import time
