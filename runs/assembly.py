@@ -64,16 +64,24 @@ class Session(NamedTuple):
 
     def clips(self, **settings) -> ClipSettings:
         """The settings of clips, as far as both programs take them from the same flags; `settings` are the others."""
-        names = ("sampling_rate", "num_sample", "seed", "decoder", "decode_timeout")
-        return ClipSettings(**{name: getattr(self.args, name) for name in names}, **settings)
+        args = self.args
+        return ClipSettings(
+            sampling_rate=args.sampling_rate,
+            num_sample=args.num_sample,
+            seed=args.seed,
+            decoder=args.decoder,
+            decode_timeout=args.decode_timeout,
+            **settings,
+        )
 
     @property
     def loading(self) -> LoadSettings:
+        args = self.args
         return LoadSettings(
-            batch_size=self.args.batch_size,
-            update_freq=self.args.update_freq,
-            num_workers=self.args.num_workers,
-            pin_memory=self.args.pin_mem,
+            batch_size=args.batch_size,
+            update_freq=args.update_freq,
+            num_workers=args.num_workers,
+            pin_memory=args.pin_mem,
             rank=self.world.rank,
             world_size=self.world.size,
         )
