@@ -45,7 +45,6 @@ def normalize(pixels: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequen
     return torch.stack([(x - m) / s for x, m, s in zip(pixels.unbind(1), mean, std)], dim=1)
 
 
-# --- fine-tuning --------------------------------------------------------------------------------------------
 # timm's operations on images (B,C,H,W) are right for clips whose frames are folded into the channels, (B,C*T,H,W).
 # On five axes its CutMix would cut time x height.
 
@@ -71,8 +70,7 @@ class ClipErasing:
 
     def __call__(self, clips: Tensor, rng: np.random.Generator) -> Tensor:
         """Erases boxes of float (B,C,T,H,W), possibly in place: `rng` draws them, torch's generator the noise."""
-        num_frames = clips.shape[2]
-        clean = clips[:, :, : num_frames // self.count if self.count > 1 else 0].clone()
+        clean = clips[:, :, : clips.shape[2] // self.count if self.count > 1 else 0].clone()
         self.erasing.device = clips.device
         with global_draws(draw_seed(rng)):
             folded = self.erasing(clips.flatten(1, 2))  # (B,C*T,H,W)
@@ -111,16 +109,8 @@ class ClipMixup:
     ):
         if mode not in ("batch", "pair", "elem"):
             raise SettingError(f'--mixup_mode {mode}: choose "batch", "pair" or "elem"')
-        self.mixup = Mixup(
-            mixup_alpha=mixup,
-            cutmix_alpha=cutmix,
-            cutmix_minmax=cutmix_minmax,
-            prob=prob,
-            switch_prob=switch_prob,
-            mode=mode,
-            label_smoothing=smoothing,
-            num_classes=num_classes,
-        )
+        settings = {"mode": mode, "label_smoothing": smoothing, "num_classes": num_classes}
+        self.mixup = Mixup(mixup, cutmix, cutmix_minmax, prob, switch_prob, **settings)
         self.mixup.mixup_enabled = mixup > 0 or cutmix > 0 or cutmix_minmax is not None
 
     def __call__(self, clips: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -148,5 +138,4 @@ class BatchAugmentation(NamedTuple):
 
     def __call__(self, clips: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """uint8 (B,C,T,H,W), int64 (B) -> float32 (B,C,T,H,W), soft targets float (B,K)."""
-        clips = self.erasing(normalize(to_pixels(clips), *self.colours), rng)
-        return self.mixup(clips, labels, rng)
+        return self.mixup(self.erasing(normalize(to_pixels(clips), *self.colours), rng), labels, rng)

@@ -15,23 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clips.frame_indices import (
-    dense_clip,
-    dense_views,
-    mae_st_clip,
-    mae_st_views,
-    pretrain_clip,
-    segment_clip,
-    segment_views,
-)
+from clips import frame_indices as rules
 from clips.isolation import Isolated
 from clips.lists import VideoList
 from clips.transforms import ClipTransform, EvenCrops
 from clips.video import Video, open_video
 from clips.video_index import VideoError
 from utils import SettingError, UserError
-
-# --- the tables ---------------------------------------------------------------------------------------------
 
 
 class FrameRule(NamedTuple):
@@ -49,24 +39,24 @@ class FrameRule(NamedTuple):
 # the published rule repeats frame 0 for training and validation; ours repeats each frame.
 FRAME_RULES = {
     "pretrain": FrameRule(
-        lambda video, length, stride, rng: pretrain_clip(video.num_frames, length, stride, rng),
-        lambda video, length, stride, views: dense_views(video.num_frames, length, stride, views),
+        lambda video, length, stride, rng: rules.pretrain_clip(video.num_frames, length, stride, rng),
+        lambda video, length, stride, views: rules.dense_views(video.num_frames, length, stride, views),
     ),
     "dense": FrameRule(
-        lambda video, length, stride, rng: dense_clip(video.num_frames, length, stride, rng),
-        lambda video, length, stride, views: dense_views(video.num_frames, length, stride, views),
+        lambda video, length, stride, rng: rules.dense_clip(video.num_frames, length, stride, rng),
+        lambda video, length, stride, views: rules.dense_views(video.num_frames, length, stride, views),
     ),
     "segments": FrameRule(
-        lambda video, length, stride, rng: segment_clip(video.num_frames, length, rng),
-        lambda video, length, stride, views: segment_views(video.num_frames, length, views),
+        lambda video, length, stride, rng: rules.segment_clip(video.num_frames, length, rng),
+        lambda video, length, stride, views: rules.segment_views(video.num_frames, length, views),
     ),
     "segments_published": FrameRule(
-        lambda video, length, stride, rng: segment_clip(video.num_frames, length, rng, still_if_short=True),
-        lambda video, length, stride, views: segment_views(video.num_frames, length, views),
+        lambda video, length, stride, rng: rules.segment_clip(video.num_frames, length, rng, still_if_short=True),
+        lambda video, length, stride, views: rules.segment_views(video.num_frames, length, views),
     ),
     "mae_st": FrameRule(
-        lambda video, length, stride, rng: mae_st_clip(video.num_frames, length, stride, video.fps, rng),
-        lambda video, length, stride, views: mae_st_views(video.num_frames, length, stride, video.fps, views),
+        lambda video, length, stride, rng: rules.mae_st_clip(video.num_frames, length, stride, video.fps, rng),
+        lambda video, length, stride, views: rules.mae_st_views(video.num_frames, length, stride, video.fps, views),
     ),
 }
 
@@ -122,16 +112,12 @@ def resolve_data_set(name: str, **changes) -> DataSet:
     return data_set
 
 
-# --- samples for training -----------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class ClipSettings:
-    """Which frames of a video its clips show, and how they are decoded.
+    """Which T frames of a video its clips show, and how they are decoded.
 
     Args:
         sampling: a key of FRAME_RULES.
-        num_frames: T, the frames of a clip.
         sampling_rate: stride, the step from one frame of a clip to the next, in frames of the video.
         num_sample: clips that training takes of one video, out of one decoding.
         share_frames: whether those clips show the same frames, each augmented on its own (repeated augmentation,
@@ -156,27 +142,17 @@ class NoReadableVideoError(UserError, RuntimeError):
 
 
 class TrainDataset(Dataset):
-    """Clips to train on, by (epoch, index).
-
-    Args:
-        transform: makes of a uint8 clip (T,C,H,W) one of (T,C,S,S), given a generator.
-        max_tries: how many videos in all are tried for one sample.
-    """
+    """Clips to train on, by (epoch, index); `max_tries` videos in all are tried for one sample."""
 
     def __init__(self, *, videos: VideoList, transform: ClipTransform, settings: ClipSettings, max_tries: int = 10):
-        self.videos = videos
-        self.transform = transform
-        self.settings = settings
-        self.max_tries = max_tries
+        self.videos, self.transform, self.settings, self.max_tries = videos, transform, settings, max_tries
         self.load = Isolated(self._load, settings.decode_timeout)
 
     def __len__(self) -> int:
         return len(self.videos)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """Loads the sample (epoch, index).
-
-        An unreadable video is replaced by one drawn from (seed, epoch, index, attempt).
+        """Loads a sample; an unreadable video is replaced by one drawn from (seed, epoch, index, attempt).
 
         Returns:
             `clips` uint8 (num_sample,C,T,S,S); `index` and `label` (NO_LABEL: unknown) of the video shown; `bad`,
@@ -216,42 +192,30 @@ class TrainDataset(Dataset):
 
     def load_clips(self, video: Video, rng: np.random.Generator) -> Tensor:
         """Returns uint8 (num_sample,T,C,H,W), decoded in one go."""
-        s = self.settings
-        rule = FRAME_RULES[s.sampling]
+        s, rule = self.settings, FRAME_RULES[self.settings.sampling]
         starts = 1 if s.share_frames else s.num_sample
         indices = np.stack([rule.clip(video, s.num_frames, s.sampling_rate, rng) for _ in range(starts)])
         clips = video.get_frames(indices.ravel()).unflatten(0, indices.shape)  # (starts,T,C,H,W)
         return clips.expand(s.num_sample, -1, -1, -1, -1)
 
 
-# --- samples for validation and test ------------------------------------------------------------------------
-
-
+@dataclass(kw_only=True, eq=False)
 class EvalDataset(Dataset):
     """All views of one video, by index, from one decoding.
 
     Args:
-        crops: the spatial views.
         num_segments: temporal views of a test; None for the single clip of a validation: the middle one.
-        random_clips: whether that clip is drawn from (seed, index) instead, from the range of the published
-            validation.
+        random_clips: whether that clip is drawn from (seed, index) instead, as in the published validation.
     """
 
-    def __init__(
-        self,
-        *,
-        videos: VideoList,
-        crops: EvenCrops,
-        settings: ClipSettings,
-        num_segments: int | None,
-        random_clips: bool = False,
-    ):
-        self.videos = videos
-        self.crops = crops
-        self.settings = settings
-        self.num_segments = num_segments
-        self.random_clips = random_clips
-        self.load = Isolated(self._load, settings.decode_timeout)
+    videos: VideoList
+    crops: EvenCrops
+    settings: ClipSettings
+    num_segments: int | None
+    random_clips: bool = False
+
+    def __post_init__(self):
+        self.load = Isolated(self._load, self.settings.decode_timeout)
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -284,8 +248,7 @@ class EvalDataset(Dataset):
         return clips.transpose(0, 1).flatten(0, 1).transpose(1, 2)  # (V,C,T,S,S)
 
     def _frame_indices(self, video: Video, index: int) -> np.ndarray:
-        s = self.settings
-        rule = FRAME_RULES[s.sampling]
+        s, rule = self.settings, FRAME_RULES[self.settings.sampling]
         if self.num_segments is not None:
             return rule.views(video, s.num_frames, s.sampling_rate, self.num_segments)
         rng = np.random.default_rng([s.seed, index]) if self.random_clips else None

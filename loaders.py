@@ -1,6 +1,6 @@
 """From samples to batches: which videos a process takes, in which order, and the loaders."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +23,6 @@ class LoadSettings:
         update_freq: batches that make one optimiser step.
         num_workers: processes that decode; 0 decodes in this one.
         pin_memory: whether batches lie in pinned memory, where there is a GPU to copy to.
-        rank, world_size: this process, and how many there are.
     """
 
     batch_size: int
@@ -32,9 +31,6 @@ class LoadSettings:
     pin_memory: bool = True
     rank: int = 0
     world_size: int = 1
-
-
-# --- samplers -----------------------------------------------------------------------------------------------
 
 
 class EpochSampler(Sampler):
@@ -52,12 +48,9 @@ class EpochSampler(Sampler):
     """
 
     def __init__(self, *, num_videos: int, seed: int, loading: LoadSettings):
-        self.num_videos = num_videos
-        self.seed = seed
-        self.batch_size = loading.batch_size
-        self.update_freq = loading.update_freq
-        self.rank = loading.rank
-        self.world_size = loading.world_size
+        self.num_videos, self.seed = num_videos, seed
+        self.batch_size, self.update_freq = loading.batch_size, loading.update_freq
+        self.rank, self.world_size = loading.rank, loading.world_size
         total_batch = self.batch_size * self.update_freq * self.world_size
         self.steps_per_epoch = num_videos // total_batch * self.update_freq
         if self.steps_per_epoch == 0:
@@ -71,8 +64,7 @@ class EpochSampler(Sampler):
         """Chooses the epoch, and the batch to start at when a run is resumed inside it."""
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step {start_step} is outside an epoch of {self.steps_per_epoch} steps")
-        self.epoch = epoch
-        self.start_step = start_step
+        self.epoch, self.start_step = epoch, start_step
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_videos)
@@ -84,30 +76,13 @@ class EpochSampler(Sampler):
         return (self.steps_per_epoch - self.start_step) * self.batch_size
 
 
-class EvalSampler(Sampler):
-    """Yields the indices of one process: of W processes, process r takes the videos r, r+W and so on.
+def evaluation_share(num_videos: int, *, rank: int, world_size: int, spread: bool = True) -> range:
+    """Returns the videos of one process: r, r+W and so on, or all of them for process 0 unless they are spread.
 
     Every video comes exactly once, so processes may have different numbers of batches, or none: the loop must
     not contain a collective call.
-
-    Args:
-        spread: False leaves all videos to process 0.
     """
-
-    def __init__(self, *, num_videos: int, rank: int = 0, world_size: int = 1, spread: bool = True):
-        if spread:
-            self.share = range(rank, num_videos, world_size)
-        else:
-            self.share = range(num_videos if rank == 0 else 0)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.share)
-
-    def __len__(self) -> int:
-        return len(self.share)
-
-
-# --- batches ------------------------------------------------------------------------------------------------
+    return range(rank, num_videos, world_size) if spread else range(num_videos if rank == 0 else 0)
 
 
 def collate(samples: list[dict]) -> dict:
@@ -143,9 +118,6 @@ def collate_views(samples: list[dict]) -> dict:
     }
 
 
-# --- loaders ------------------------------------------------------------------------------------------------
-
-
 def build_training_loader(dataset: TrainDataset, loading: LoadSettings) -> DataLoader:
     """Builds the loader of one process; call `loader.sampler.set_epoch(epoch, start_step)` before each epoch.
 
@@ -155,36 +127,24 @@ def build_training_loader(dataset: TrainDataset, loading: LoadSettings) -> DataL
         SettingError: the list is smaller than one step.
     """
     sampler = EpochSampler(num_videos=len(dataset), seed=dataset.settings.seed, loading=loading)
-    persistent = loading.num_workers > 0
-    return _build(dataset, sampler, loading.batch_size, collate, loading, persistent_workers=persistent)
+    settings = {"batch_size": loading.batch_size, "persistent_workers": loading.num_workers > 0}
+    return _build(dataset, loading, sampler=sampler, collate_fn=collate, **settings)
 
 
 def build_evaluation_loader(dataset: EvalDataset, loading: LoadSettings, *, spread: bool = True) -> DataLoader:
-    """Builds the loader of one process for validation or test.
+    """Builds the loader of one process for validation or test; without `spread`, process 0 takes all videos.
 
-    Args:
-        loading: batch_size counts clips here, V to a video; a batch holds at least one video.
-        spread: see `EvalSampler`.
+    The batch size counts clips here, V to a video; a batch holds at least one video.
     """
-    sampler = EvalSampler(num_videos=len(dataset), rank=loading.rank, world_size=loading.world_size, spread=spread)
-    return _build(dataset, sampler, max(1, loading.batch_size // len(dataset.views)), collate_views, loading)
+    share = evaluation_share(len(dataset), rank=loading.rank, world_size=loading.world_size, spread=spread)
+    batch_size = max(1, loading.batch_size // len(dataset.views))
+    return _build(dataset, loading, sampler=share, batch_size=batch_size, collate_fn=collate_views)
 
 
-def _build(
-    dataset: Dataset, sampler: Sampler, batch_size: int, collate_fn: Callable, loading: LoadSettings, **settings
-) -> DataLoader:
-    return DataLoader(
-        dataset,
-        sampler=sampler,
-        batch_size=batch_size,
-        collate_fn=collate_fn,
-        num_workers=loading.num_workers,
-        worker_init_fn=outlive_signals,
-        pin_memory=loading.pin_memory and torch.cuda.is_available(),
-        # With its own generator the loader draws nothing from torch's global one, which masks may depend on.
-        generator=torch.Generator(),
-        **settings,
-    )
+def _build(dataset: Dataset, loading: LoadSettings, **settings) -> DataLoader:
+    # With its own generator the loader draws nothing from torch's global one, which masks may depend on.
+    settings |= {"generator": torch.Generator(), "pin_memory": loading.pin_memory and torch.cuda.is_available()}
+    return DataLoader(dataset, num_workers=loading.num_workers, worker_init_fn=outlive_signals, **settings)
 
 
 def build_finetuning_loaders(
@@ -202,20 +162,20 @@ def build_finetuning_loaders(
     """Builds loaders for those of "train", "val" and "test" that `splits` has (`read_splits`), by the same names.
 
     Args:
-        data_set: the views of a test.
+        data_set: says how many views a test takes.
         transform: for training, see `build_finetune_transform`.
-        settings: the clips of all splits.
         loading: batch_size counts videos of training; validation and test take 1.5 times as many clips.
         input_size: side of a clip in validation and test, in pixels.
         short_side: see `EvenCrops`.
         random_validation: see `random_clips` of `EvalDataset`.
-        dist_eval: False leaves validation and test to process 0.
+        dist_eval: whether the processes share validation and test; otherwise process 0 takes them alone.
 
     Raises:
         SettingError: the training list is smaller than one step, or `short_side` smaller than `input_size`.
     """
     views = {"val": (None, 1), "test": (data_set.test_segments, data_set.test_crops)}
     evaluation = replace(loading, batch_size=loading.batch_size * 3 // 2)
+    round_up = settings.sampling == "mae_st"
     loaders = {}
     for split, videos in splits.items():
         if split == "train":
@@ -223,9 +183,7 @@ def build_finetuning_loaders(
             loaders[split] = build_training_loader(dataset, loading)
             continue
         num_segments, num_crops = views[split]
-        crops = EvenCrops(
-            short_side=short_side, size=input_size, num_crops=num_crops, round_up=settings.sampling == "mae_st"
-        )
+        crops = EvenCrops(short_side=short_side, size=input_size, num_crops=num_crops, round_up=round_up)
         dataset = EvalDataset(
             videos=videos, crops=crops, settings=settings, num_segments=num_segments, random_clips=random_validation
         )

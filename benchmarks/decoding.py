@@ -4,10 +4,8 @@
 
 The sources are made here: 10 s of moving textures with grain, as cameras and video sites deliver them, that is
 with B-frames, a key frame every 250 frames and sound. A clip is 16 frames, 4 apart, from a random place.
-"decode" opens the file and reads them; "clip" is all that a data worker does for pre-training.
-
-Milliseconds are CPU time of one thread, so that other programs on the machine disturb little; the median over
-the clips counts.
+"decode" opens the file and reads them; "clip" is all that a data worker does for pre-training. Milliseconds are CPU
+time of one thread, so that other programs on the machine disturb little; the median over the clips counts.
 """
 
 import argparse
@@ -63,7 +61,7 @@ def moving_frames(rng: np.random.Generator, num_frames: int, height: int, width:
 
 
 def write_source(path: Path, *, seed: int, seconds: int, height: int, width: int) -> None:
-    """Write H.264 with B-frames and a key frame every 250 frames, and AAC, in MP4."""
+    """Writes H.264 with B-frames and a key frame every 250 frames, and AAC, in MP4."""
     with av.open(str(path), "w") as container:
         options = {"crf": "23", "preset": "veryfast", "g": "250", "keyint_min": "25", "bf": "3"}
         video = container.add_stream("libx264", rate=FPS, options=options)
@@ -105,7 +103,6 @@ def measure(folder: Path, decoder: str, repeats: int) -> tuple[float, float]:
 
 
 def report(sources: Path, prepared: Path, repeats: int) -> None:
-    """Print the table."""
     print("\n| decoder | decode: before | after | ratio | clip: before | after | ratio |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     for decoder in DECODERS:
@@ -114,9 +111,8 @@ def report(sources: Path, prepared: Path, repeats: int) -> None:
         except SettingError as error:
             print(f"| {decoder} | not measured: {error.__cause__} | | | | | |")
             continue
-        before, after = (measure(folder, decoder, repeats) for folder in (sources, prepared))
-        pairs = [(b, a, b / a) for b, a in zip(before, after, strict=True)]
-        cells = [f"{number:.1f}" for pair in pairs for number in pair]
+        pairs = zip(*(measure(folder, decoder, repeats) for folder in (sources, prepared)), strict=True)
+        cells = [f"{before:.1f} | {after:.1f} | {before / after:.1f}" for before, after in pairs]
         print(f"| {decoder} | {' | '.join(cells)} |", flush=True)
     sizes = [np.mean([file.stat().st_size for file in folder.glob("*.mp4")]) for folder in (sources, prepared)]
     print(f"\nSize of a video: {sizes[0] / 1e6:.2f} MB before, {sizes[1] / 1e6:.2f} MB after.")

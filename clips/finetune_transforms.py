@@ -16,7 +16,6 @@ from clips.draws import draw_seed, global_draws
 from clips.transforms import Chain, ClipTransform, ColorJitter, RandomResizedCrop
 from utils import SettingError
 
-GREY = (128, 128, 128)
 # The policies that timm understands; it silently ignores unknown parts.
 POLICY = re.compile(r"rand(-(m|n|mmax|inc)\d+|-(p|mstd)\d+(\.\d+)?|-t(weights|3aw?))*")
 
@@ -38,13 +37,12 @@ class RandAugment:
             raise SettingError(
                 f'--aa {policy}: neither a RandAugment policy, such as rand-m7-n4-mstd0.5-inc1, nor "none"'
             )
-        settings = {"img_mean": GREY, "interpolation": Image.Resampling[interpolation.upper()]}
+        settings = {"img_mean": (128, 128, 128), "interpolation": Image.Resampling[interpolation.upper()]}
         self.transform = rand_augment_transform(policy, settings)
 
     def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
         """Applies the same operations and arguments to every frame of uint8 (T,3,H,W)."""
-        seed = draw_seed(rng)
-        frames = []
+        seed, frames = draw_seed(rng), []
         for frame in clip.permute(0, 2, 3, 1).numpy():  # (H,W,3)
             with global_draws(seed):
                 frames.append(np.asarray(self.transform(Image.fromarray(frame))))
@@ -66,10 +64,8 @@ def build_finetune_transform(
     before it, where rounding to uint8 moves a pixel by at most half a grey level.
 
     Args:
-        size: side of the crop in pixels.
         aa: policy of RandAugment, or "none"; then colours are jittered by `color_jitter` instead, as in timm.
-        interpolation: of RandAugment.
-        scale: see `RandomResizedCrop`.
+        interpolation, scale: see `RandAugment` and `RandomResizedCrop`.
 
     Raises:
         SettingError: the policy is unknown.
@@ -77,6 +73,4 @@ def build_finetune_transform(
     crop = RandomResizedCrop(size=size, scale=scale, flip=0.5 if flip else 0.0, antialias=False)
     if aa not in ("", "none"):
         return Chain(transforms=(RandAugment(policy=aa, interpolation=interpolation), crop))
-    if color_jitter > 0:
-        return Chain(transforms=(crop, ColorJitter(strength=color_jitter)))
-    return crop
+    return Chain(transforms=(crop, ColorJitter(strength=color_jitter))) if color_jitter > 0 else crop

@@ -3,10 +3,8 @@
     load = Isolated(function, timeout=60)
     clips = load(path, seed)  # function(path, seed) in a child process
 
-The child is forked at the first call and lives on: a call costs two short messages and a copy of the result
-through shared memory. The child ends when its parent does.
-
-It is forked by hand, not by multiprocessing or concurrent.futures, because
+The child is forked at the first call and lives as long as its parent: a call costs two short messages and a copy
+of the result through shared memory. It is forked by hand, not by multiprocessing or concurrent.futures, because
 - a worker of torch's DataLoader is daemonic, and multiprocessing lets no daemonic process have children;
 - their pools pickle results into a pipe, whereas a decoded clip of megabytes is shared here;
 - a crash or a hang must cost one video, whereas it breaks or blocks a pool.
@@ -68,17 +66,18 @@ class Isolated:
         if self._child is None:
             self._child = _Child(self.function)
         try:
-            return self._child.call((path, *args), self.timeout)
+            value, error = self._child.call((path, *args), self.timeout)
         except TimeoutError:
             self.stop()
             raise VideoError(path, f"decoding took longer than {self.timeout:g} s (--decode_timeout)") from None
         except ConnectionError:
             raise VideoError(path, self.stop(kill=False)) from None
-        except _Raised as raised:
-            raise raised.error from raised.cause
         except BaseException:  # Ctrl-C: the answer that is still to come belongs to no later call
             self.stop()
             raise
+        if error is not None:
+            raise error
+        return value
 
     def stop(self, *, kill: bool = True) -> str:
         """Ends the child, if there is one; returns a phrase that says how it ended."""
@@ -91,13 +90,6 @@ class Isolated:
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         _instances.add(self)
-
-
-class _Raised(Exception):
-    """Carries what the function raised, and the child's traceback, to `Isolated.__call__`."""
-
-    def __init__(self, error: Exception, cause: "ChildTraceback"):
-        self.error, self.cause = error, cause
 
 
 class ChildTraceback(Exception):
@@ -132,8 +124,12 @@ class _Child:
         # atexit does not run at the end of a worker process; multiprocessing's finalizers do
         self.end_at_exit = Finalize(self, _end, args=(self.pid, self.connection, True), exitpriority=10)
 
-    def call(self, args: tuple, timeout: float):
-        """Returns the function's result, or raises TimeoutError, ConnectionError (the child died) or _Raised."""
+    def call(self, args: tuple, timeout: float) -> tuple[object, Exception | None]:
+        """Returns the function's result and None, or None and what it raised.
+
+        Raises:
+            TimeoutError, ConnectionError: the child took too long, or died.
+        """
         try:
             self.connection.send_bytes(pickle.dumps(args))
             if not self.connection.poll(timeout):
@@ -143,8 +139,9 @@ class _Child:
             raise ConnectionResetError from None
         if kind == "raised":
             error, text = value
-            raise _Raised(error, ChildTraceback(text))
-        return _view(self.memory, *value).clone() if kind == "shared" else value
+            error.__cause__ = ChildTraceback(text)
+            return None, error
+        return (_view(self.memory, *value).clone() if kind == "shared" else value), None
 
     def end(self, kill: bool) -> str:
         self.end_at_exit.cancel()
@@ -235,9 +232,6 @@ def _answer(function: Callable, args: tuple, memory: mmap.mmap) -> bytes:
             return message
         except Exception:  # the exception can't be pickled; its name and message can
             return pickle.dumps(("raised", (RuntimeError(f"{type(error).__name__}: {error}"), text)))
-
-
-# --- data workers -------------------------------------------------------------------------------------------
 
 
 def die_with_parent() -> None:

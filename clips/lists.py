@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -42,8 +41,7 @@ class VideoList(Sequence):
 
     def __init__(self, *, list_path: str, root: str, paths: Sequence[str], labels: Sequence[int], lines: Sequence[int]):
         encoded = [os.fsencode(path) for path in paths]
-        self.list_path = list_path
-        self.root = root
+        self.list_path, self.root = list_path, root
         self.labels = np.array(labels, dtype=np.int64)  # NO_LABEL where there is none
         self.lines = np.array(lines, dtype=np.int64)  # the line of the file, from 1
         self._paths = b"".join(encoded)
@@ -56,9 +54,8 @@ class VideoList(Sequence):
         if not 0 <= index < len(self):
             raise IndexError(f"video {index} of {len(self)}")
         start = self._ends[index - 1] if index > 0 else 0
-        path = os.fsdecode(self._paths[start : self._ends[index]])
-        label = int(self.labels[index])
-        return Record(os.path.join(self.root, path), None if label == NO_LABEL else label)
+        path = os.path.join(self.root, os.fsdecode(self._paths[start : self._ends[index]]))
+        return Record(path, None if self.labels[index] == NO_LABEL else int(self.labels[index]))
 
 
 def read_list(list_path: str | Path, data_root: str | Path | None = None) -> VideoList:
@@ -222,14 +219,17 @@ def check_readable(videos: VideoList, decoder: str = "auto", *, decode_timeout: 
     Raises:
         ListError: there is none; with the first three reasons.
     """
-    look = Isolated(partial(_decode_first_frame, decoder=decoder), decode_timeout)
-    failures = []
+
+    def decode_first_frame(path: str) -> None:
+        with open_video(path, decoder) as video:
+            video.get_frames([0])
+
+    look, failures = Isolated(decode_first_frame, decode_timeout), []
     try:
         for index in np.linspace(0, len(videos) - 1, min(len(videos), limit), dtype=int):
-            path = videos[index].path
             try:
-                look(path)
-                return path
+                look(videos[index].path)
+                return videos[index].path
             except VideoError as error:
                 failures.append(error)
     finally:
@@ -239,8 +239,3 @@ def check_readable(videos: VideoList, decoder: str = "auto", *, decode_timeout: 
         f"none of {len(failures)} videos tried of {videos.list_path} can be read (relative paths start from "
         f"{videos.root}; --data_root changes that). The first errors:{reasons}"
     )
-
-
-def _decode_first_frame(path: str, *, decoder: str) -> None:
-    with open_video(path, decoder) as video:
-        video.get_frames([0])

@@ -6,6 +6,7 @@ One draw serves all frames of a clip.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -43,13 +44,11 @@ def apply_view(
 ) -> Tensor:
     """Cuts one view out of every frame and resizes it to `size` pixels square.
 
+    uint8 (T,C,H,W) -> uint8 (T,C,size,size).
+
     Args:
-        clip: uint8 (T,C,H,W).
         interpolation: "bilinear" or "bicubic".
         antialias: with it, bilinear is PIL's resize of the cropped frame, to within one grey level.
-
-    Returns:
-        uint8 (T,C,size,size).
     """
     clip = F.crop(clip, view.top, view.left, view.height, view.width)
     clip = resize(clip, size, size, interpolation=interpolation, antialias=antialias)  # (T,C,S,S)
@@ -69,6 +68,7 @@ def resize(clip: Tensor, height: int, width: int, *, interpolation: str = "bilin
     return torch.stack([frame.round_().clamp_(0, 255).to(torch.uint8) for frame in frames])
 
 
+@dataclass(frozen=True, kw_only=True)
 class RandomView:
     """A random crop of a clip, resized to `size` pixels square; subclasses define `draw`.
 
@@ -77,11 +77,10 @@ class RandomView:
         interpolation, antialias: see `apply_view`.
     """
 
-    def __init__(self, *, size: int, flip: float, interpolation: str = "bilinear", antialias: bool = True):
-        self.size = size
-        self.flip = flip
-        self.interpolation = interpolation
-        self.antialias = antialias
+    size: int
+    flip: float = 0.0
+    interpolation: str = "bilinear"
+    antialias: bool = True
 
     def draw(self, width: int, height: int, rng: np.random.Generator) -> View:
         """Draws the view for one clip of `width` x `height` pixels."""
@@ -89,8 +88,7 @@ class RandomView:
 
     def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
         """Takes the same view of every frame: uint8 (T,C,H,W) -> uint8 (T,C,size,size)."""
-        height, width = clip.shape[-2:]
-        view = self.draw(width, height, rng)
+        view = self.draw(clip.shape[-1], clip.shape[-2], rng)
         return apply_view(clip, view, self.size, interpolation=self.interpolation, antialias=self.antialias)
 
 
@@ -99,9 +97,6 @@ class MultiScaleCrop(RandomView):
 
     One of ten nearly square sizes at one of thirteen places, all equally likely. As published, never mirrored.
     """
-
-    def __init__(self, *, size: int, flip: float = 0.0, interpolation: str = "bilinear"):
-        super().__init__(size=size, flip=flip, interpolation=interpolation)
 
     def draw(self, width: int, height: int, rng: np.random.Generator) -> View:
         sizes = multi_scale_sizes(width, height, self.size)
@@ -130,29 +125,18 @@ def multi_scale_offsets(width: int, height: int, w: int, h: int) -> list[tuple[i
     return [(x * step_x, y * step_y) for x, y in MULTI_SCALE_PLACES]
 
 
+@dataclass(frozen=True, kw_only=True)
 class RandomResizedCrop(RandomView):
-    """Crop of random area, aspect and place, mirrored half the time: MAE-ST's in pre-training.
-
-    With a scale of 0.08 to 1 and no antialias it is the crop of fine-tuning.
+    """MAE-ST's pre-training crop; with a scale of 0.08 to 1 and no antialias, the crop of fine-tuning.
 
     Args:
         scale: range of the area as a fraction of the frame, drawn uniformly.
         ratio: range of width/height, drawn log-uniformly.
     """
 
-    def __init__(
-        self,
-        *,
-        size: int,
-        scale: tuple[float, float] = (0.5, 1.0),
-        ratio: tuple[float, float] = (0.75, 1.3333),
-        flip: float = 0.5,
-        interpolation: str = "bilinear",
-        antialias: bool = True,
-    ):
-        super().__init__(size=size, flip=flip, interpolation=interpolation, antialias=antialias)
-        self.scale = scale
-        self.ratio = ratio
+    scale: tuple[float, float] = (0.5, 1.0)
+    ratio: tuple[float, float] = (0.75, 1.3333)
+    flip: float = 0.5
 
     def draw(self, width: int, height: int, rng: np.random.Generator) -> View:
         box = self._draw_box(width, height, rng)
@@ -191,10 +175,7 @@ class EvenCrops:
     def __init__(self, *, short_side: int, size: int, num_crops: int = 1, round_up: bool = False):
         if short_side < size:
             raise SettingError(f"--short_side_size {short_side} is less than --input_size {size}")
-        self.short_side = short_side
-        self.size = size
-        self.num_crops = num_crops
-        self.round_up = round_up
+        self.short_side, self.size, self.num_crops, self.round_up = short_side, size, num_crops, round_up
 
     def resized_shape(self, height: int, width: int) -> tuple[int, int]:
         """Returns (H,W) of a frame after the resize; the long side is rounded down."""
@@ -207,11 +188,10 @@ class EvenCrops:
         middle = [math.ceil(room / 2) if self.round_up else round(room / 2) for room in rooms]
         if self.num_crops == 1:
             return [tuple(middle)]
-        long = int(width > height)
+        steps = [k * max(rooms) for k in range(self.num_crops)]
         gaps = self.num_crops - 1
-        steps = [k * rooms[long] for k in range(self.num_crops)]
         places = [-(-step // gaps) if self.round_up else step // gaps for step in steps]
-        return [(middle[0], place) if long else (place, middle[1]) for place in places]
+        return [(middle[0], place) if width > height else (place, middle[1]) for place in places]
 
     def __call__(self, clip: Tensor) -> Tensor:
         """Resizes and crops uint8 (T,C,H,W) -> uint8 (num_crops,T,C,size,size)."""
@@ -227,14 +207,12 @@ class ColorJitter:
         self.strength = strength
 
     def draw(self, rng: np.random.Generator) -> tuple[float, float, float]:
-        """Draws the factors of brightness, contrast and saturation for one clip."""
         return tuple(rng.uniform(max(0.0, 1 - self.strength), 1 + self.strength, size=3).tolist())
 
     def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
         """Applies the same factors to every frame of uint8 (T,C,H,W)."""
         brightness, contrast, saturation = self.draw(rng)
-        clip = F.adjust_brightness(clip, brightness)
-        clip = F.adjust_contrast(clip, contrast)
+        clip = F.adjust_contrast(F.adjust_brightness(clip, brightness), contrast)
         return F.adjust_saturation(clip, saturation)
 
 
@@ -264,6 +242,4 @@ def build_pretrain_transform(
     if crop not in CROPS:
         raise SettingError(f"--crop {crop}: choose one of {', '.join(CROPS)}")
     view = CROPS[crop](size=size, interpolation=interpolation)
-    if color_jitter == 0:
-        return view
-    return Chain(transforms=(view, ColorJitter(strength=color_jitter)))
+    return Chain(transforms=(view, ColorJitter(strength=color_jitter))) if color_jitter else view

@@ -105,15 +105,8 @@ def index_video(path) -> VideoIndex:
     turns = round(first.rotation / 90) % 4
     if turns:
         traits.add("rotated")
-    return VideoIndex(
-        num_frames=len(times),
-        fps=len(times) / span if span else rate,
-        size=(first.height, first.width) if turns % 2 == 0 else (first.width, first.height),
-        turns=turns,
-        times=times,
-        keys=keys,
-        traits=frozenset(traits),
-    )
+    size = (first.height, first.width) if turns % 2 == 0 else (first.width, first.height)
+    return VideoIndex(len(times), len(times) / span if span else rate, size, turns, times, keys, frozenset(traits))
 
 
 def _promised_seconds(container, stream) -> float:

@@ -14,7 +14,7 @@ from clips.frame_indices import dense_views, segment_views
 from clips.lists import ListError, check_labels, read_list, read_splits
 from clips.transforms import EvenCrops
 from datasets import DATA_SETS, FRAME_RULES, ClipSettings, EvalDataset, TrainDataset, resolve_data_set
-from loaders import EvalSampler, LoadSettings, build_finetuning_loaders
+from loaders import LoadSettings, build_finetuning_loaders, evaluation_share
 
 FRAMES, RATE = 4, 3  # a clip spans 12 of the 30 frames
 TRANSFORM = build_finetune_transform(size=16, flip=True)
@@ -318,10 +318,10 @@ def test_an_unreadable_video_of_a_test_is_reported_and_not_replaced(mixed):
 @pytest.mark.parametrize("num_videos", [0, 1, 2, 7, 12])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_see_every_video_once_whatever_the_remainder(num_videos, world_size):
-    ranks = [EvalSampler(num_videos=num_videos, rank=r, world_size=world_size) for r in range(world_size)]
+    ranks = [evaluation_share(num_videos, rank=r, world_size=world_size) for r in range(world_size)]
     assert sorted(i for rank in ranks for i in rank) == list(range(num_videos))
     assert max(map(len, ranks)) - min(map(len, ranks)) <= 1
-    alone = [EvalSampler(num_videos=num_videos, rank=r, world_size=world_size, spread=False) for r in range(world_size)]
+    alone = [evaluation_share(num_videos, rank=r, world_size=world_size, spread=False) for r in range(world_size)]
     assert [list(rank) for rank in alone] == [list(range(num_videos))] + [[]] * (world_size - 1)
 
 
