@@ -25,23 +25,15 @@ class Masking(NamedTuple):
     masked: Tensor
 
 
-# --- the rules ----------------------------------------------------------------------------------------------
-
-
 def draw_without_replacement(log_p: Tensor, uniform: Tensor, count: int) -> Tensor:
-    """Draws without replacement from the distribution exp(log_p), by Gumbel top-k.
+    """Draws without replacement from the distribution exp(log_p), by Gumbel top-k: indices (B,count) int64.
 
-    The draws are distributed exactly as successive ones from a Categorical whose drawn entries are removed (Kool
-    et al., "Stochastic Beams and Where to Find Them", 2019). In log space that holds for probabilities that
-    underflow, too.
+    The draws are distributed exactly as successive ones from a Categorical whose drawn entries are removed (Kool et
+    al., "Stochastic Beams and Where to Find Them", 2019). In log space that holds even where probabilities underflow.
 
     Args:
         log_p: (B,N), of any floating-point type.
         uniform: random numbers (B,N) in [0,1).
-        count: number of draws.
-
-    Returns:
-        Indices (B,count) int64.
     """
     exponential = -uniform.log()
     return (log_p.detach().float() - exponential.log()).topk(count, dim=1).indices  # (B,count)
@@ -64,8 +56,7 @@ def random_visible(log_p: Tensor, uniform: Tensor, window: Window, count: int) -
 
 def tube_visible(log_p: Tensor, uniform: Tensor, window: Window, count: int) -> Tensor:
     """Tube masking (VideoMAE; MAE-ST "space-only"): the same positions are visible in every time slot."""
-    time, height, width = window
-    space = height * width
+    time, space = window[0], window[1] * window[2]
     tubes = draw_evenly(uniform[:, :space], count // time)  # (B,Nv/T')
     slots = torch.arange(time, device=log_p.device) * space  # (T')
     return (slots[:, None] + tubes[:, None, :]).flatten(1)  # (B,Nv)
@@ -73,8 +64,7 @@ def tube_visible(log_p: Tensor, uniform: Tensor, window: Window, count: int) -> 
 
 def frame_visible(log_p: Tensor, uniform: Tensor, window: Window, count: int) -> Tensor:
     """Frame masking (AdaMAE's ablation; MAE-ST "time-only"): whole time slots are visible or masked."""
-    time, height, width = window
-    space = height * width
+    time, space = window[0], window[1] * window[2]
     slots = draw_evenly(uniform[:, :time], count // space)  # (B,visible slots)
     return (slots[:, :, None] * space + torch.arange(space, device=log_p.device)).flatten(1)  # (B,Nv)
 
@@ -87,8 +77,8 @@ def block_visible(log_p: Tensor, uniform: Tensor, window: Window, count: int) ->
     """Block masking (MAE-ST): random space-time cuboids are masked, one after another, until enough tokens are.
 
     The papers give no details. Here a cuboid's length in each axis is uniform between a quarter and half of the
-    window (at least one token), and so is its place. Of the last cuboid needed, random tokens stay visible, so
-    that exactly N - count tokens are masked.
+    window (at least one token), and so is its place. Of the last cuboid needed, random tokens stay visible, so that
+    exactly N - count tokens are masked.
     """
     batch, device = len(uniform), uniform.device
     drawn = uniform[:, :BLOCK_DRAWS].view(batch, 3, 2, NUM_BLOCKS, 1)
@@ -103,9 +93,6 @@ def block_visible(log_p: Tensor, uniform: Tensor, window: Window, count: int) ->
     covered = covered.flatten(2)  # (B,blocks,N)
     order = torch.where(covered.any(1), covered.int().argmax(1), NUM_BLOCKS)  # (B,N) first cuboid to cover it
     return (order + uniform[:, BLOCK_DRAWS:]).topk(count, dim=1).indices  # (B,Nv)
-
-
-# --- the number of visible tokens, and the table of rules ---------------------------------------------------
 
 
 def floor_visible(ratio: float, window: Window) -> int:
@@ -126,19 +113,12 @@ def floor_masked_frames(ratio: float, window: Window) -> int:
 
 
 class Rule(NamedTuple):
-    """A masking rule.
-
-    Args:
-        draw: (log-probabilities (B,N), random numbers, window, Nv) -> indices (B,Nv) int64 in any order.
-        count: (mask ratio, window) -> the number of visible tokens Nv.
-        more_draws: random numbers that a clip needs beside one for each token.
-        adaptive: the model has a sampling network, and `draw` reads its log-probabilities.
-    """
+    """A masking rule: `draw` maps log-probabilities (B,N), random numbers, window and Nv to indices in any order."""
 
     draw: Callable[[Tensor, Tensor, Window, int], Tensor]
-    count: Callable[[float, Window], int]
-    more_draws: int = 0
-    adaptive: bool = False
+    count: Callable[[float, Window], int]  # (mask ratio, window) -> the number of visible tokens Nv
+    more_draws: int = 0  # random numbers that a clip needs beside one for each token
+    adaptive: bool = False  # the model has a sampling network, and `draw` reads its log-probabilities
 
 
 RULES = {
@@ -187,15 +167,10 @@ class MaskingGenerator:
     """
 
     def __init__(self, *, mask_type: str, mask_ratio: float, window: Window):
-        self.mask_type = ALIASES.get(mask_type, mask_type)
-        self.window = window
-        self.num_tokens = math.prod(window)
-        self.num_visible = visible_count(mask_type, mask_ratio, window)
-        self.num_draws = self.num_tokens + RULES[self.mask_type].more_draws
-
-    @property
-    def adaptive(self) -> bool:
-        return RULES[self.mask_type].adaptive
+        self.mask_type, self.window = ALIASES.get(mask_type, mask_type), window
+        self.num_tokens, self.num_visible = math.prod(window), visible_count(mask_type, mask_ratio, window)
+        self.rule = RULES[self.mask_type]
+        self.num_draws, self.adaptive = self.num_tokens + self.rule.more_draws, self.rule.adaptive
 
     def __call__(self, log_p: Tensor, uniform: Tensor | None = None) -> Masking:
         """Masks each clip independently of the others.
@@ -206,11 +181,7 @@ class MaskingGenerator:
         """
         if uniform is None:
             uniform = torch.rand(len(log_p), self.num_draws, device=log_p.device)
-        visible = RULES[self.mask_type].draw(log_p, uniform, self.window, self.num_visible)
-        return split_tokens(visible, self.num_tokens)
-
-
-# --- the adaptive sampler -----------------------------------------------------------------------------------
+        return split_tokens(self.rule.draw(log_p, uniform, self.window, self.num_visible), self.num_tokens)
 
 
 def sampler_network(
@@ -219,14 +190,12 @@ def sampler_network(
     """The network that scores tokens, (B,N,D) -> logits (B,N,1) (AdaMAE section 3.1 and its ablation of samplers).
 
     Args:
-        kind: "mha", transformer blocks and a linear layer. The published sampler is one block of the encoder's
-            width with 8 heads, dropout 0.1, no query and value bias and LayerNorm eps 1e-5. "mlp", Linear - GELU -
-            Linear on each token alone; the paper says no more of its MLP variant.
+        kind: "mha", `depth` transformer blocks and a linear layer. The published sampler is one block of the
+            encoder's width with 8 heads, dropout 0.1, no query and value bias and LayerNorm eps 1e-5. "mlp", Linear -
+            GELU - Linear on each token alone; the paper says no more of its MLP variant.
         dim: channels of the tokens, D.
-        depth: transformer blocks of "mha".
-        width: channels of "mha", by default D; a linear projection leads to any other. Hidden channels of "mlp",
-            by default 4 D.
-        heads: attention heads of "mha".
+        width: channels of "mha", by default D; a linear projection leads to any other. Hidden channels of "mlp", by
+            default 4 D.
 
     Raises:
         SettingError: an unknown kind, or a width that the heads do not divide.

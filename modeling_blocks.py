@@ -14,8 +14,8 @@ TUBELET = 2  # frames per token, in every published model
 def sinusoid_1d(num_positions: int, dim: int) -> Tensor:
     """Sinusoid table of "Attention Is All You Need" over the flattened token index: (N,D) float32.
 
-    Even channels j are sin(pos / 10000^(j/D)), odd ones cos(pos / 10000^((j-1)/D)), computed in float64. This is
-    the table in the published code of AdaMAE and VideoMAE.
+    Even channels j are sin(pos / 10000^(j/D)), odd ones cos(pos / 10000^((j-1)/D)), in float64, as in the published
+    code of AdaMAE and VideoMAE.
     """
     position = torch.arange(num_positions, dtype=torch.float64)[:, None]
     exponent = torch.arange(dim, dtype=torch.float64).div(2, rounding_mode="floor") * 2 / dim
@@ -30,9 +30,8 @@ def sinusoid_3d(window: tuple[int, int, int], dim: int) -> Tensor:
     """
     t, h, w = window
     spatial = dim // 6 * 2
-    temporal = dim - 2 * spatial
     axes = (
-        sinusoid_1d(t, temporal)[:, None, None].expand(t, h, w, -1),
+        sinusoid_1d(t, dim - 2 * spatial)[:, None, None].expand(t, h, w, -1),
         sinusoid_1d(h, spatial)[None, :, None].expand(t, h, w, -1),
         sinusoid_1d(w, spatial)[None, None, :].expand(t, h, w, -1),
     )
@@ -47,9 +46,7 @@ POSITIONS = {
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """The rows of tokens (B,N,D), or of a table (N,D), at an index (B,n): (B,n,D)."""
-    if x.ndim == 2:
-        return x[index]
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+    return x[index] if x.ndim == 2 else x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 class TubeletEmbed(nn.Module):
@@ -103,19 +100,10 @@ class Blocks(nn.ModuleList):
         separate_qkv: bool = False,
         checkpoint_activations: bool = False,
     ):
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        settings = {"qkv_bias": True, "proj_drop": drop, "attn_drop": attn_drop, "norm_layer": norm}
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        super().__init__(
-            Block(
-                dim,
-                heads,
-                qkv_bias=True,
-                proj_drop=drop,
-                attn_drop=attn_drop,
-                drop_path=rate,
-                norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            )
-            for rate in rates
-        )
+        super().__init__(Block(dim, heads, drop_path=rate, **settings) for rate in rates)
         for block in self:
             block.mlp.drop1 = nn.Identity()  # published: no dropout after the activation
             if separate_qkv:
@@ -123,9 +111,7 @@ class Blocks(nn.ModuleList):
         self.checkpoint_activations = checkpoint_activations
 
     def forward(self, x: Tensor) -> Tensor:
+        recompute = self.checkpoint_activations and self.training
         for block in self:
-            if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, use_reentrant=False)  # (B,N,D)
-            else:
-                x = block(x)  # (B,N,D)
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)  # (B,N,D)
         return x

@@ -104,18 +104,17 @@ class VisionTransformer(nn.Module):
     Parameter names are those of the published checkpoints.
 
     Args:
-        size: width, depth and heads.
         patch, tubelet: side of a token in pixels, and its frames.
         window: grid of tokens (T',H',W').
         drop, fc_drop: dropout after the positions and in the blocks, and before the head.
         init_scale: factor on the head's initial weights.
         mean_pooling: average the tokens, without the class token; else classify the first token.
-        slot_pooling: with mean pooling, average each time slot and classify the concatenation, which keeps the
-            order of events. Not in the papers.
+        slot_pooling: with mean pooling, average each time slot and classify the concatenation, which keeps the order
+            of events. Not in the papers.
         class_token: put a learnable token in front of the clip's.
         encoder_norm: normalise the mean by the encoder's own `norm` (MAE-ST), not by a fresh `fc_norm`.
-        pos_embed: "sinusoid_1d" or "sinusoid_3d", fixed; "learnable", one table that starts as the 1-D
-            sinusoid; "separable", the sum of a learnable table over time and one over space.
+        pos_embed: "sinusoid_1d" or "sinusoid_3d", fixed; "learnable", one table that starts as the 1-D sinusoid;
+            "separable", the sum of a learnable table over time and one over space.
         block_settings: keyword arguments of `Blocks`.
 
     Raises:
@@ -150,8 +149,7 @@ class VisionTransformer(nn.Module):
         self.pos_drop = nn.Dropout(drop)
         self.blocks = Blocks(dim=size.dim, depth=size.depth, heads=size.heads, drop=drop, **block_settings)
         norm = nn.LayerNorm(size.dim, eps=1e-6)
-        fresh = mean_pooling and not encoder_norm
-        self.norm, self.fc_norm = (None, norm) if fresh else (norm, None)
+        self.norm, self.fc_norm = (None, norm) if mean_pooling and not encoder_norm else (norm, None)
         self.fc_drop = nn.Dropout(fc_drop)
         self.head = nn.Linear(size.dim * self.slots, num_classes)
         self._initialise(init_scale)
@@ -171,8 +169,8 @@ class VisionTransformer(nn.Module):
             else:
                 self.register_buffer("positions", table, persistent=False)
         else:
-            known = ", ".join(CLASSIFIER_POSITIONS)
-            raise SettingError(f"--pos_embed {self.pos_kind}: no such positions; choose one of {known}")
+            choices = ", ".join(CLASSIFIER_POSITIONS)
+            raise SettingError(f"--pos_embed {self.pos_kind}: no such positions; choose one of {choices}")
 
     def _initialise(self, init_scale: float) -> None:
         for module in self.modules():
@@ -222,10 +220,9 @@ class VisionTransformer(nn.Module):
         return x if self.cls_token is None else x[:, 1:]
 
     def forward_tokens(self, clip: Tensor) -> Tensor:
-        """Tokens after the last block: clip (B,3,T,H,W) -> (B,N,D), in (t,h,w) order.
+        """Tokens after the last block, without class token and norm: clip (B,3,T,H,W) -> (B,N,D), in (t,h,w) order.
 
-        They are not normalised and have no class token. `final_norm` brings a mean over them to the scale of
-        `forward_features`.
+        `final_norm` brings a mean over them to the scale of `forward_features`.
         """
         return self._without_class_token(self._encode(clip))
 
@@ -246,19 +243,13 @@ class VisionTransformer(nn.Module):
 
 
 def create_classifier(
-    name: str,
-    *,
-    num_classes: int,
-    num_frames: int = 16,
-    input_size: int | None = None,
-    tubelet: int = TUBELET,
-    **settings,
+    name: str, *, num_frames: int = 16, input_size: int | None = None, tubelet: int = TUBELET, **settings
 ) -> VisionTransformer:
     """Builds a model of `CLASSIFIERS`.
 
     Args:
         input_size: side of the clip in pixels; by default the one in the name.
-        settings: keyword arguments of `VisionTransformer`; None means the family's or the default.
+        settings: `num_classes` and others of `VisionTransformer`; None means the family's or the default.
 
     Raises:
         SettingError: unknown name, or frames or pixels that do not divide into tokens.
@@ -266,6 +257,4 @@ def create_classifier(
     size, patch, img = parse_model_name(name, CLASSIFIERS)
     window = token_grid(num_frames, input_size or img, patch, tubelet)
     settings = CLASSIFIERS[name].settings | {k: v for k, v in settings.items() if v is not None}
-    return VisionTransformer(
-        size=size, patch=patch, window=window, num_classes=num_classes, tubelet=tubelet, **settings
-    )
+    return VisionTransformer(size=size, patch=patch, window=window, tubelet=tubelet, **settings)

@@ -1,8 +1,7 @@
 """The pre-training model of AdaMAE and VideoMAE: encoder, masking and a light decoder.
 
-The two differ only in what chooses the visible tokens: AdaMAE's sampling network, whose parameters belong to
-the encoder as in the published code, or a fixed random rule. Parameter names are those of the published
-checkpoints.
+The two differ only in what chooses the visible tokens: AdaMAE's sampling network, whose parameters belong to the
+encoder as in the published code, or a fixed random rule. Parameter names are those of the published checkpoints.
 """
 
 import torch
@@ -29,27 +28,17 @@ class PretrainEncoder(nn.Module):
 
     Args:
         sampler: keyword arguments of `sampler_network`, or None for a model without one (VideoMAE).
-        sampler_options: keyword arguments of `log_probs`.
         block_settings: keyword arguments of `Blocks`.
     """
 
     def __init__(
-        self,
-        *,
-        size: Size,
-        patch: int,
-        window: Window,
-        sampler: dict | None,
-        sampler_options: dict | None = None,
-        pos_embed: str = "sinusoid_1d",
-        **block_settings,
+        self, *, size: Size, patch: int, window: Window, sampler: dict | None, pos_embed: str, **block_settings
     ):
         super().__init__()
         self.patch_embed = TubeletEmbed(patch=patch, dim=size.dim)
         self.register_buffer("positions", POSITIONS[pos_embed](window, size.dim), persistent=False)
         self.blocks = Blocks(dim=size.dim, depth=size.depth, heads=size.heads, **block_settings)
         self.norm = nn.LayerNorm(size.dim, eps=1e-6)
-        self.sampler_options = sampler_options or {}
         self.get_token_probs = None
         if sampler is not None:
             self.pos_embed_probs = nn.Parameter(torch.zeros(1, len(self.positions), size.dim))
@@ -64,7 +53,7 @@ class PretrainEncoder(nn.Module):
         positions: bool = False,
         detach: bool = False,
     ) -> Tensor:
-        """log P over all tokens (AdaMAE section 3.1); uniform without a sampler.
+        """log P over all tokens (AdaMAE section 3.1), (B,N) float32; uniform without a sampler.
 
         The defaults are the published code's, in float32 even under autocast.
 
@@ -74,9 +63,6 @@ class PretrainEncoder(nn.Module):
             temperature: divides the logits before the softmax.
             positions: add the encoder's positions to the tokens, as in the paper.
             detach: keep the sampling loss from the tubelet embedding.
-
-        Returns:
-            (B,N) float32.
         """
         if self.get_token_probs is None:
             return tokens.new_zeros(tokens.shape[:2], dtype=torch.float32).log_softmax(1)
@@ -110,7 +96,6 @@ class PretrainVisionTransformer(nn.Module):
     """AdaMAE (mask_type "adaptive") or VideoMAE (any other rule), AdaMAE section 3.
 
     Args:
-        size: widths, depths and heads of encoder and decoder.
         patch: pixels per side of a token.
         window: tokens in (time, height, width).
         target_width: numbers that the decoder predicts for a token, `width` of a target.
@@ -119,8 +104,8 @@ class PretrainVisionTransformer(nn.Module):
         sampler: keyword arguments of `sampler_network`, used when the masking is adaptive.
         sampler_options: keyword arguments of `PretrainEncoder.log_probs`.
         pos_embed: "sinusoid_1d" over the flattened index (published code) or "sinusoid_3d" (paper).
-        attn_init: "xavier" (published) or "identity": keys start equal to queries, so that each token attends
-            to tokens like itself from the first step.
+        attn_init: "xavier" (published) or "identity": keys start equal to queries, so that each token attends to
+            tokens like itself from the first step.
         block_settings: keyword arguments of `Blocks` for encoder and decoder.
 
     Raises:
@@ -144,16 +129,11 @@ class PretrainVisionTransformer(nn.Module):
         **block_settings,
     ):
         super().__init__()
-        self.patch, self.window = patch, window
+        self.patch, self.window, self.sampler_options = patch, window, sampler_options or {}
         self.masking = MaskingGenerator(mask_type=mask_type, mask_ratio=mask_ratio, window=window)
+        sampler = (sampler or {}) if self.masking.adaptive else None
         self.encoder = PretrainEncoder(
-            size=size,
-            patch=patch,
-            window=window,
-            sampler=(sampler or {}) if self.masking.adaptive else None,
-            sampler_options=sampler_options,
-            pos_embed=pos_embed,
-            **block_settings,
+            size=size, patch=patch, window=window, sampler=sampler, pos_embed=pos_embed, **block_settings
         )
         dim, heads = size.decoder_dim, size.decoder_heads
         self.encoder_to_decoder = nn.Linear(size.dim, dim, bias=False)
@@ -197,7 +177,7 @@ class PretrainVisionTransformer(nn.Module):
             uniform: random numbers (B,num_draws) in [0,1) to draw them from, as in `MaskingGenerator`.
         """
         tokens = self.encoder.patch_embed(clip)  # (B,N,D)
-        log_probs = self.encoder.log_probs(tokens, **self.encoder.sampler_options)  # (B,N)
+        log_probs = self.encoder.log_probs(tokens, **self.sampler_options)  # (B,N)
         if visible is None:
             visible, masked = self.masking(log_probs, uniform)  # (B,Nv), (B,Nm)
         else:

@@ -21,8 +21,7 @@ class Probe(nn.Module):
     Args:
         encoder: the classifier to probe. It is modified: frozen, and its own head removed.
         pool: tokens (B,N,D) -> (B,D); None uses the classifier's own pooled features.
-        batch_norm: standardise the features before the linear layer, with a BatchNorm that has no parameters
-            (MAE, appendix A.1).
+        batch_norm: standardise the features before the head, by a BatchNorm without parameters (MAE, appendix A.1).
         head_std: standard deviation of the head's initial weights.
     """
 
@@ -34,8 +33,7 @@ class Probe(nn.Module):
         num_classes = encoder.head.out_features
         width = encoder.head.in_features if pool is None else encoder.dim  # T'*D with slot pooling
         encoder.head = nn.Identity()
-        self.encoder = encoder.requires_grad_(False)
-        self.pool = pool
+        self.encoder, self.pool = encoder.requires_grad_(False), pool
         self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6) if batch_norm else nn.Identity()
         self.head = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=head_std)
@@ -67,10 +65,7 @@ class Probe(nn.Module):
 
 
 def attentive_pool(*, dim: int, heads: int) -> nn.Sequential:
-    """Builds V-JEPA's attentive pooling: tokens (B,N,D) -> (B,D).
-
-    LayerNorm, one cross-attention layer with a learned query, and an MLP with a residual connection.
-    """
+    """V-JEPA's attentive pooling, (B,N,D) -> (B,D): LayerNorm, cross-attention of a learned query, residual MLP."""
     norm = partial(nn.LayerNorm, eps=1e-6)
     pool = nn.Sequential(norm(dim), AttentionPoolLatent(dim, num_heads=heads, norm_layer=norm))
     for module in pool.modules():
@@ -91,12 +86,12 @@ def make_probe(model: VisionTransformer, *, kind: str, batch_norm: bool = False)
     Raises:
         ValueError: unknown kind.
     """
+    if kind not in PROBES:
+        raise ValueError(f"probe {kind}: no such kind; choose one of {', '.join(PROBES)}")
     if kind == "linear":
         return Probe(encoder=model, batch_norm=batch_norm, head_std=0.01)
-    if kind == "attentive":
-        pool = attentive_pool(dim=model.dim, heads=model.heads)
-        return Probe(encoder=model, pool=pool, batch_norm=batch_norm, head_std=0.02)
-    raise ValueError(f"probe {kind}: no such kind; choose one of {', '.join(PROBES)}")
+    pool = attentive_pool(dim=model.dim, heads=model.heads)
+    return Probe(encoder=model, pool=pool, batch_norm=batch_norm, head_std=0.02)
 
 
 def build_classifier(
@@ -108,8 +103,6 @@ def build_classifier(
         settings: arguments of `create_classifier`; under `probe`, where present, those of `make_probe`.
         prepare: called with the classifier before it becomes a probe, to load its weights.
     """
-    settings = dict(settings)
-    probe = settings.pop("probe", None)
-    model = create_classifier(**settings)
+    model = create_classifier(**{name: value for name, value in settings.items() if name != "probe"})
     prepare(model)
-    return make_probe(model, **probe) if probe else model
+    return make_probe(model, **settings["probe"]) if settings.get("probe") else model

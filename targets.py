@@ -1,7 +1,6 @@
 """What is reconstructed, and the losses: L = L_R + w L_S.
 
-A new target is a subclass of `Target` and a row in `TARGETS`. The decoder's width, the losses and the pictures
-follow from it.
+A new target is a subclass of `Target` and a row in `TARGETS`: the decoder's width, losses and pictures follow.
 """
 
 import math
@@ -30,9 +29,8 @@ def patchify(pixels: Tensor, patch: int, tubelet: int = TUBELET) -> Tensor:
 def unpatchify(tokens: Tensor, window: tuple[int, int, int], patch: int, tubelet: int = TUBELET) -> Tensor:
     """The inverse of `patchify`: tokens (B,N,P) of a window (T',H',W') back to clips (B,3,T,H,W)."""
     t, h, w = window
-    return rearrange(
-        tokens, "b (t h w) (f p q c) -> b c (t f) (h p) (w q)", t=t, h=h, w=w, f=tubelet, p=patch, q=patch
-    )  # (B,3,T,H,W)
+    sizes = {"t": t, "h": h, "w": w, "f": tubelet, "p": patch, "q": patch}
+    return rearrange(tokens, "b (t h w) (f p q c) -> b c (t f) (h p) (w q)", **sizes)  # (B,3,T,H,W)
 
 
 def patch_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,8 +42,6 @@ def patch_statistics(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return per_channel.mean(2, keepdim=True), per_channel.std(2, keepdim=True) + 1e-6
 
 
-# --- the targets --------------------------------------------------------------------------------------------
-
 ERRORS = {
     "mse": lambda difference: difference.square().mean(2),
     "l1": lambda difference: difference.abs().mean(2),
@@ -56,12 +52,8 @@ ERRORS = {
 class Target:
     """What the decoder predicts of each masked token.
 
-    A subclass defines `width` and `__call__`. It overrides `error` where a difference of two vectors is not
-    the measure, and `to_pixels` where a prediction can be drawn.
-
-    Args:
-        patch: pixels per side of a token.
-        normalize: standardise the target; ignored by a target for which that means nothing.
+    A subclass defines `width` and `__call__`. It overrides `error` where a difference of two vectors is not the
+    measure, and `to_pixels` where a prediction can be drawn. It may ignore `normalize`, which standardises targets.
     """
 
     width: int  # numbers that the decoder predicts for a token
@@ -73,32 +65,24 @@ class Target:
         self.patch, self.normalize = patch, normalize
 
     def __call__(self, pixels: Tensor, masked: Tensor) -> Tensor:
-        """The target of the masked tokens.
+        """The target of the masked tokens (B,Nm) int64 of clips (B,3,T,H,W) float32 in [0,1].
 
-        Args:
-            pixels: clips (B,3,T,H,W) float32 in [0,1].
-            masked: int64 (B,Nm).
-
-        Returns:
-            (B,Nm,width) float32, or whatever else `error` compares predictions with.
+        It is (B,Nm,width) float32, or whatever else `error` compares predictions with.
         """
         raise NotImplementedError
 
     def error(self, prediction: Tensor, target: Tensor, loss: str = "mse") -> Tensor:
-        """The error of each masked token, whose mean is the reconstruction loss L_R (AdaMAE section 3.2).
+        """The error of each masked token, (B,Nm) float32; its mean is the loss L_R (AdaMAE section 3.2).
 
         Args:
             prediction: (B,Nm,width) in any floating-point type.
             target: as `__call__` returns it.
             loss: one of `ERRORS`. The published code takes the mean square where the paper writes an l2 norm.
-
-        Returns:
-            (B,Nm) float32.
         """
         return ERRORS[loss](prediction.float() - target)  # (B,Nm)
 
     def to_pixels(self, prediction: Tensor, pixels: Tensor) -> Tensor | None:
-        """Predictions (B,N,width) float32 of all tokens of clips (B,3,T,H,W) as tokens of pixels (B,N,P).
+        """Predictions (B,N,width) float32 for all tokens of clips (B,3,T,H,W), as pixels (B,N,P).
 
         None, the default, says that this target can't be drawn.
         """
@@ -149,15 +133,10 @@ def create_target(name: str, *, patch: int, normalize: bool = True) -> Target:
 def trained_target(settings: dict, flags: dict, *, patch: int) -> Target:
     """The target that a checkpoint was trained on: normalised pixels unless its settings and flags say otherwise.
 
-    Args:
-        settings: model settings of the checkpoint, empty in files that are not ours.
-        flags: flags of the run that made it, under our names or the published code's.
+    Files of others have no model settings; the run's flags have our names or those of the published code.
     """
     normalize = flags.get("normalize_target", flags.get("normlize_target", True))
     return create_target(settings.get("target", "pixels"), patch=patch, normalize=normalize)
-
-
-# --- the losses ---------------------------------------------------------------------------------------------
 
 
 class PretrainOutput(NamedTuple):
@@ -170,45 +149,33 @@ class PretrainOutput(NamedTuple):
 
 
 def sampling_loss(log_probs: Tensor, masked: Tensor, error: Tensor, form: str = "log") -> Tensor:
-    """The sampler's loss L_S (AdaMAE section 3.2), which moves probability to where the error is.
+    """The sampler's loss L_S (AdaMAE section 3.2), a scalar, which moves probability to where the error is.
 
     Args:
         log_probs: log P, (B,N) float32.
         masked: int64 (B,Nm).
         error: reconstruction error of the masked tokens (B,Nm); no gradient flows into it.
-        form: "log", the published code: -mean(log p * error), or "linear", the paper: -sum(p * error).
-
-    Returns:
-        A scalar, the mean over the clips.
+        form: "log", the published code: -mean(log p * error), or "linear", the paper: -sum(p * error), averaged over
+            the clips.
     """
     error = error.detach()
     log_p = log_probs.gather(1, masked).clamp(*LOG_P_RANGE)  # (B,Nm)
-    if form == "linear":
-        return -(log_p.exp() * error).sum(1).mean()
-    return -(log_p * error).mean()
+    return -(log_p.exp() * error).sum(1).mean() if form == "linear" else -(log_p * error).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """The two losses of AdaMAE (section 3.2): L = L_R + w L_S.
-
-    Args:
-        target: what is reconstructed.
-        loss: reconstruction error of a token, one of `ERRORS`.
-        sampling_form: form of L_S, as in `sampling_loss`.
-        sampling_weight: w.
-    """
+    """The two losses of AdaMAE (section 3.2): L = L_R + w L_S."""
 
     target: Target
-    loss: str = "mse"
-    sampling_form: str = "log"
-    sampling_weight: float = 1e-4
+    loss: str = "mse"  # reconstruction error of a token, one of `ERRORS`
+    sampling_form: str = "log"  # of L_S, as in `sampling_loss`
+    sampling_weight: float = 1e-4  # w
 
     def __call__(self, output: PretrainOutput, pixels: Tensor) -> dict[str, Tensor]:
         """The losses of clips (B,3,T,H,W) in [0,1], as named scalars on their device.
 
-        Returns:
-            `loss`, the one to minimise, and its parts. Without a sampler there is only L_R.
+        `loss` is the one to minimise, the others are its parts. Without a sampler there is only L_R.
         """
         target = self.target(pixels, output.masked)  # (B,Nm,width)
         error = self.target.error(output.prediction, target, self.loss)  # (B,Nm)

@@ -90,9 +90,5 @@ def animation(panels: Sequence[Panel], *, clip: int = 0, heading: str = "") -> n
     """A clip as T pictures (T,H',W',3) uint8 with the panels side by side. Each bears its number."""
     cells = np.stack([p.frames[clip] for p in panels], axis=1)  # (T,C,H,W,3)
     labels = [p.label for p in panels]
-    return np.stack(
-        [
-            draw_grid(row[None], columns=labels, heading=f"{heading}  frame {k} of {len(cells)}".strip())
-            for k, row in enumerate(cells, start=1)
-        ]
-    )
+    headings = [f"{heading}  frame {k} of {len(cells)}".strip() for k in range(1, len(cells) + 1)]
+    return np.stack([draw_grid(row[None], columns=labels, heading=h) for row, h in zip(cells, headings)])

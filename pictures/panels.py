@@ -90,11 +90,8 @@ def mask_panels(
 ) -> list[Panel]:
     """The masking rules compared (AdaMAE figure 1): the video, then each rule's mask and its reconstruction.
 
-    One model reconstructs under all four rules. Each rule rounds the number of visible tokens in its own way.
-    Without a sampler the panels of the adaptive rule are blank.
-
-    Args:
-        pixels: (B,3,T,H,W) float32 in [0,1] on the model's device.
+    One model reconstructs clips (B,3,T,H,W) float32 in [0,1] on its device under all four rules. Each rule rounds the
+    number of visible tokens in its own way. Without a sampler the panels of the adaptive rule are blank.
 
     Raises:
         SettingError: the ratio leaves some rule nothing to show or nothing to mask.
@@ -122,14 +119,13 @@ def mask_panels(
 
 
 def training_picture(model: PretrainVisionTransformer, pixels: Tensor, settings: PictureSettings) -> np.ndarray:
-    """The five panels of the middle frame of each clip, a row per clip, for use while training.
+    """The five panels of the middle frame of each clip, a row per clip, as one picture (H',W',3) uint8.
+
+    For use while training: the model's mode, its gradients and the random state are left as they were.
 
     Args:
-        model: without DDP's wrapper; its mode, gradients and the random state are left as they were.
+        model: without DDP's wrapper.
         pixels: a few clips (B,3,T,H,W) float32 in [0,1] on the model's device.
-
-    Returns:
-        A picture (H',W',3) uint8.
     """
     panels = five_panels(reconstruct(model, pixels, settings))
     cells = np.stack([p.frames[:, pixels.shape[2] // 2] for p in panels], axis=1)  # (B,5,H,W,3)

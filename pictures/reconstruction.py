@@ -21,22 +21,15 @@ SHOW_VISIBLE = ("pasted", "predicted")
 class PictureSettings:
     """What a picture shows, and what it has to know of the model's training.
 
-    Args:
-        target: what the model predicts.
-        normalization: channel means and deviations of the model's input.
-        show_visible: "pasted" takes visible patches from the original, "predicted" from the decoder.
-        error_top: end of the error's colour scale; None leaves it to the target.
-        seed: of the masks.
-
     Raises:
-        SettingError: `show_visible` is neither.
+        SettingError: `show_visible` is not one of `SHOW_VISIBLE`.
     """
 
     target: Target
-    normalization: tuple[Sequence[float], Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD)
-    show_visible: str = "pasted"
-    error_top: float | None = None
-    seed: int = 0
+    normalization: tuple[Sequence[float], Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD)  # of the model's input
+    show_visible: str = "pasted"  # visible patches from the original, or "predicted", from the decoder
+    error_top: float | None = None  # end of the error's colour scale; None leaves it to the target
+    seed: int = 0  # of the masks
 
     def __post_init__(self):
         if self.show_visible not in SHOW_VISIBLE:
@@ -78,8 +71,8 @@ def predict_all(
 ) -> tuple[PretrainOutput, Tensor]:
     """The model's output, and its predictions for all tokens in token order (B,N,width).
 
-    The model predicts masked tokens only. Here its last two layers are applied to the visible ones, too, for which
-    no loss has trained them.
+    The model predicts masked tokens only. Here its last two layers are applied to the visible ones, too, for which no
+    loss has trained them.
     """
     features = []
     hook = model.decoder.blocks.register_forward_hook(lambda module, args, output: features.append(output))
@@ -95,16 +88,14 @@ def predict_all(
 def reconstruct(
     model: PretrainVisionTransformer, pixels: Tensor, settings: PictureSettings, visible: Tensor | None = None
 ) -> Reconstruction:
-    """Masks and reconstructs clips; the model and the random state are left as they were.
+    """Masks and reconstructs clips (B,3,T,H,W) float32 in [0,1] on the model's device.
 
-    Args:
-        pixels: (B,3,T,H,W) float32 in [0,1] on the model's device.
-        visible: indices (B,Nv) of the visible tokens; None draws them by the model's own rule.
+    The tokens at the indices `visible` (B,Nv) stay visible; None draws them by the model's own rule. The model and
+    the random state are left as they were.
     """
     with undisturbed(model, settings.seed):
         out, predicted = predict_all(model, normalize(pixels, *settings.normalization), visible)
-        target = settings.target(pixels, out.masked)
-        error = settings.target.error(out.prediction, target)  # (B,Nm)
+        error = settings.target.error(out.prediction, settings.target(pixels, out.masked))  # (B,Nm)
 
         tokens = patchify(pixels, model.patch)  # (B,N,P)
         is_visible = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

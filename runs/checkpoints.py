@@ -35,8 +35,7 @@ class CheckpointError(UserError, RuntimeError):
 def save_checkpoint(path: str | Path, state: dict, *, keep_as: str = "") -> None:
     """Writes `state` to `path`, whole or not at all, and creates the folder where there is none.
 
-    Args:
-        keep_as: new name, in the same folder, of the file that `path` replaces; by default it is deleted.
+    The file that `path` replaces gets the name `keep_as` in the same folder; by default it is deleted.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,8 +50,7 @@ def save_checkpoint(path: str | Path, state: dict, *, keep_as: str = "") -> None
 def read_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint file (torch's formats or safetensors) to the CPU without running any code in it.
 
-    Returns:
-        Its content: tensors, numbers, text, and objects of the types in `HARMLESS`.
+    It may hold tensors, numbers, text, and objects of the types in `HARMLESS`.
 
     Raises:
         CheckpointError: the file is missing or damaged, or loading it would run code.
@@ -94,11 +92,8 @@ def epoch_checkpoints(output_dir: str | Path) -> list[Path]:
 def newest_checkpoint(output_dir: str | Path, report: Callable[[str], None]) -> tuple[Path, dict] | None:
     """Reads the checkpoint of a folder with the most training in it: checkpoint-<epoch>.pth, `LAST` or `PREVIOUS`.
 
-    Args:
-        report: called with a warning for each damaged checkpoint, which is then skipped.
-
-    Returns:
-        Its path and content, or None where the folder has no checkpoints.
+    Returns its path and content, or None where the folder has no checkpoints. Damaged checkpoints are skipped, with a
+    warning to `report`.
 
     Raises:
         CheckpointError: all of them are damaged.
@@ -113,10 +108,8 @@ def newest_checkpoint(output_dir: str | Path, report: Callable[[str], None]) -> 
         except CheckpointError as error:
             report(f"{error}; trying an older one")
     if done:
-        raise CheckpointError(
-            f"none of the checkpoints in {output_dir} can be read: repair or remove them, or start afresh with "
-            "--no_auto_resume"
-        )
+        advice = "repair or remove them, or start afresh with --no_auto_resume"
+        raise CheckpointError(f"none of the checkpoints in {output_dir} can be read: {advice}")
     return None
 
 

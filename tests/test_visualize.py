@@ -19,8 +19,9 @@ from masking_generator import visible_count
 from modeling_pretrain import create_pretrain_model
 from pictures import drawing, panels
 from pictures.reconstruction import PictureSettings, predict_all, reconstruct, undisturbed
-from runs.checkpoints import load_weights, save_checkpoint
+from runs.checkpoints import save_checkpoint
 from targets import create_target, patchify, unpatchify
+from weights.names import load_weights
 
 PROGRAM = Path(__file__).resolve().parent.parent / "tools" / "visualize.py"
 spec = importlib.util.spec_from_file_location("visualize", PROGRAM)

@@ -44,11 +44,7 @@ NUM_MASKS = 4  # random masks per clip
 
 
 def load_clips(list_path: Path, num_frames: int, sampling_rate: int, size: int, window: tuple[int, int, int]):
-    """Decodes a demo list.
-
-    Returns:
-        Clips uint8 (n,3,T,S,S) of whole frames, and the foreground's share of each token, (n,N) in [0,1].
-    """
+    """Decodes a demo list: clips uint8 (n,3,T,S,S) of whole frames, and each token's share of foreground (n,N)."""
     clips, shares = [], []
     for record in tqdm(read_list(list_path), desc="decoding", disable=not sys.stderr.isatty()):
         with open_video(record.path) as video:
@@ -87,13 +83,9 @@ def sum_over_masks(model, target: Target, pixels: torch.Tensor, masking: Masking
 def judge(
     model, target: Target, clips: torch.Tensor, shares: torch.Tensor, ratio: float, batch_size: int = 50
 ) -> dict[str, float]:
-    """The statistics of one model; every model gets the same random masks.
+    """The statistics of one model; every model gets the same random masks, which hide `ratio` of the tokens.
 
-    Args:
-        target: what the model predicts.
-        clips: uint8 (n,3,T,H,W).
-        shares: the foreground's share of each token, (n,N).
-        ratio: share of tokens that the random masks hide.
+    The clips are uint8 (n,3,T,H,W), the foreground's shares of their tokens (n,N).
     """
     masking = MaskingGenerator(mask_type="random", mask_ratio=ratio, window=model.window)
     torch.manual_seed(0)
@@ -122,14 +114,9 @@ def ratio_of(total: torch.Tensor, times: torch.Tensor) -> float:
 
 
 def mass_over_uniform(weight: torch.Tensor, shares: torch.Tensor) -> float:
-    """How much of a distribution over tokens lies on the foreground, relative to the uniform distribution.
+    """How much of a distribution over tokens lies on the foreground, relative to the uniform one: the clips' mean.
 
-    Args:
-        weight: (n,N), not negative; it is normalised within each clip.
-        shares: the foreground's share of each token, (n,N).
-
-    Returns:
-        The mean over the clips.
+    `weight` (n,N) is the distribution, not yet normalised; `shares` (n,N) are the foreground's shares of the tokens.
     """
     probs = weight / weight.sum(1, keepdim=True)
     return ((probs * shares).sum(1).mean() / shares.mean()).item()

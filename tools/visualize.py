@@ -84,12 +84,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def read_training(settings: dict, flags: dict, *, patch: int) -> tuple[PictureSettings, int]:
-    """What pictures have to know of a model's training, and its sampling rate.
-
-    Args:
-        settings, flags: of its checkpoint, as in `trained_target`. The published code's defaults replace
-            missing ones.
-    """
+    """What pictures must know of a model's training, and its sampling rate; missing flags get published defaults."""
     statistics = "imagenet" if flags.get("imagenet_default_mean_and_std", True) else "half"
     target = trained_target(settings, flags, patch=patch)
     shown = PictureSettings(target=target, normalization=COLOUR_STATISTICS[statistics])
@@ -145,8 +140,7 @@ def load_clip(path: str, model: PretrainVisionTransformer, *, sampling_rate: int
     """
     num_frames, size = model.window[0] * TUBELET, model.window[1] * model.patch
     with open_video(path, decoder) as video:
-        middle = pretrain_clip(video.num_frames, num_frames, sampling_rate)
-        frames = video.get_frames(middle)  # (T,3,H,W)
+        frames = video.get_frames(pretrain_clip(video.num_frames, num_frames, sampling_rate))  # (T,3,H,W)
     height, width = frames.shape[-2:]
     side = min(height, width)
     view = View((width - side) // 2, (height - side) // 2, side, side)
@@ -177,25 +171,19 @@ def save_png(path: str, picture: np.ndarray) -> None:
 
 
 def draw_clip(
-    model: PretrainVisionTransformer,
-    pixels: Tensor,
-    settings: PictureSettings,
-    output: Path,
-    *,
-    heading: str,
-    fps: float,
-    compare_masks: float | None,
+    model: PretrainVisionTransformer, pixels: Tensor, settings: PictureSettings, name: Path, args: argparse.Namespace
 ) -> list[str]:
-    """Writes the pictures of one clip (1,3,T,H,W) to `output` plus their endings; returns the files."""
+    """Writes the pictures of one clip (1,3,T,H,W) below the output folder; returns the files."""
+    output, ratio = Path(args.output) / name, args.compare_masks
     output.parent.mkdir(parents=True, exist_ok=True)
     files = [f"{output}.gif", f"{output}.png"]
     five = panels.five_panels(reconstruct(model, pixels, settings))
-    save_gif(files[0], animation(five, heading=heading), fps)
-    save_png(files[1], filmstrip(five, heading=heading))
-    if compare_masks is not None:
+    save_gif(files[0], animation(five, heading=str(name)), args.fps)
+    save_png(files[1], filmstrip(five, heading=str(name)))
+    if ratio is not None:
         files.append(f"{output}_masks.png")
-        compared = panels.mask_panels(model, pixels, settings, mask_ratio=compare_masks)
-        heading = f"{heading}, {compare_masks:.4g} of the patches masked by each rule"
+        compared = panels.mask_panels(model, pixels, settings, mask_ratio=ratio)
+        heading = f"{name}, {ratio:.4g} of the patches masked by each rule"
         save_png(files[2], filmstrip(compared, heading=heading))
     return files
 
@@ -232,9 +220,7 @@ def draw(args: argparse.Namespace) -> int:
             failed += 1
             tqdm.write(f"visualize.py: {error}", file=sys.stderr)
             continue
-        pixels = pixels.to(model.mask_token.device)
-        more = {"heading": str(name), "fps": args.fps, "compare_masks": args.compare_masks}
-        files = draw_clip(model, pixels, settings, Path(args.output) / name, **more)
+        files = draw_clip(model, pixels.to(model.mask_token.device), settings, name, args)
         tqdm.write(f"{path} -> {', '.join(files)}")
     return failed
 

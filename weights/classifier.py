@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from masking_generator import Window
 from modeling_finetune import CLASSIFIERS, VisionTransformer, parse_model_name
 from probes import Probe, build_classifier
 from runs.checkpoints import CheckpointError
@@ -48,21 +47,19 @@ def group_names(names: Iterable[str]) -> str:
 def load_classifier_weights(
     model: VisionTransformer, found: Weights, report: Callable[[str], None] = print
 ) -> LoadReport:
-    """Loads the weights of a checkpoint, pre-trained or fine-tuned, into a classifier.
+    """Loads the weights of a checkpoint, pre-trained or fine-tuned, into a classifier, and reports it as text.
 
-    The whole encoder must be there and fit. Only a learned position table keeps its initial values, the
-    sinusoid, where the checkpoint had fixed positions. A head for other classes is dropped; a head or final norm
-    that the file lacks keeps its initial values. As in the published code, the final norm of MAE-ST is loaded,
-    and that of AdaMAE and VideoMAE pre-training is not: it normalised tokens, not their mean.
-
-    Args:
-        report: called with the report as text.
+    The whole encoder must be there and fit. Only a learned position table keeps its initial values, the sinusoid,
+    where the checkpoint had fixed positions. A head for other classes is dropped; a head or final norm that the file
+    lacks keeps its initial values. As in the published code, the final norm of MAE-ST is loaded, and that of AdaMAE
+    and VideoMAE pre-training is not: it normalised tokens, not their mean.
 
     Raises:
-        CheckpointError: the weights are those of no video ViT or of another architecture; names the first
-            weight that does not fit and both shapes.
+        CheckpointError: the weights are those of no video ViT or of another architecture; names the first weight
+            that does not fit and both shapes.
     """
-    result = _load(model, found)
+    tensors, result = fit_weights(found, model)
+    model.load_state_dict(tensors, strict=False)
     trained_with = found.settings.get("pos_embed") or model.pos_kind
     if trained_with != model.pos_kind:
         result.notes.append(f"positions: trained with {trained_with}, this model has {model.pos_kind}")
@@ -89,24 +86,20 @@ def load_classifier(
     elif "num_classes" not in settings:
         raise CheckpointError(f"{found.path}: {found.kind} checkpoint, which has no classifier: fine-tune it first")
     model = build_classifier(settings)
-    report(str(_load(model, found)))
+    tensors, result = fit_weights(found, model)
+    model.load_state_dict(tensors, strict=False)
+    report(str(result))
     if headless:
         model.head = nn.Identity()
     return model.eval()
 
 
-def _load(model: VisionTransformer | Probe, found: Weights) -> LoadReport:
-    tensors, report = fit_weights(found, model.state_dict(), window=model.window)
-    model.load_state_dict(tensors, strict=False)
-    return report
-
-
 def classifier_settings(found: Weights) -> dict:
     """Returns the settings with which `build_classifier` rebuilds the model of a checkpoint.
 
-    Files of ours contain them. For other files they follow from the shapes, and frames and pixels from the
-    flags of the run; without flags these are 16 frames and the pixels in the model's name. `num_classes` is
-    missing where there is no head.
+    Files of ours contain them. For other files they follow from the shapes, and frames and pixels from the flags of
+    the run; without flags these are 16 frames and the pixels in the model's name. Without a head there is no
+    `num_classes`.
 
     Raises:
         CheckpointError: no known classifier has such shapes.
@@ -145,28 +138,36 @@ def _classifier_name(found: Weights) -> str:
     raise CheckpointError(f"{found.path}: no known classifier is a {found.kind} model of {_describe(found.tensors)}")
 
 
-def fit_weights(found: Weights, target: dict[str, Tensor], *, window: Window) -> tuple[dict[str, Tensor], LoadReport]:
-    """Gives the tensors of a checkpoint the names and shapes of a classifier.
-
-    Args:
-        target: state dict of the classifier.
-        window: its tokens (T',H',W').
-
-    Returns:
-        The tensors to load, and the report.
+def fit_weights(found: Weights, model: VisionTransformer | Probe) -> tuple[dict[str, Tensor], LoadReport]:
+    """Gives the tensors of a checkpoint the names and shapes of a classifier; returns those to load, and the report.
 
     Raises:
         CheckpointError: as `load_classifier_weights`.
     """
     _check_known(found)
+    target = model.state_dict()
     origin = {name if name in target else plain_name(name): name for name in found.tensors}
     taken = {name: found.tensors[origin[name]] for name in origin if name in target}
     slots = found.num_frames and found.num_frames // found.plain["patch_embed.proj.weight"].shape[2]
-    notes = resize_tables(taken, target, window, slots) + _drop_other_head(taken, target)
+    notes = resize_tables(taken, target, model.window, slots)
+    wrong = {
+        name: f"{tuple(value.shape)} in the file and {tuple(target[name].shape)} in the model"
+        for name, value in taken.items()
+        if value.shape != target[name].shape
+    }
+    if other_head := [name for name in wrong if name.startswith("head.")]:
+        taken = {name: value for name, value in taken.items() if not name.startswith("head.")}
+        notes += [f"{name} dropped: {wrong.pop(name)}" for name in other_head]
     unmatched = [name for name in origin if name not in taken]
 
-    optional = {"pos_embed"} if _had_fixed_positions(found) else set()
-    problems = _misfits(taken, target, unmatched, optional)
+    had_table = any(name in POSITION_TABLES for name in found.plain)
+    learned = had_table or found.settings.get("pos_embed") in ("learnable", "separable")
+    needed = [name for name in target if _in_encoder(name) and (learned or plain_name(name) != "pos_embed")]
+    problems = [
+        *(f"{name} is {shapes}" for name, shapes in wrong.items()),
+        *(f"{name} is not in the file" for name in needed if name not in taken),
+        *(f"{name} is not in the model" for name in unmatched if _in_encoder(name)),
+    ]
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise CheckpointError(
@@ -186,41 +187,6 @@ def _check_known(found: Weights) -> None:
     if not found.kind:
         names = ", ".join(sorted(found.tensors)[:3])
         raise CheckpointError(f"{found.path}: no checkpoint of a known video ViT (it holds {names}, ...)")
-
-
-def _had_fixed_positions(found: Weights) -> bool:
-    has_table = any(name in POSITION_TABLES for name in found.plain)
-    return not has_table and found.settings.get("pos_embed") not in ("learnable", "separable")
-
-
-def _drop_other_head(taken: dict[str, Tensor], target: dict[str, Tensor]) -> list[str]:
-    """Removes a head of another shape from `taken`; returns notes about it."""
-    head = [name for name in taken if name.startswith("head.")]
-    notes = [
-        f"{name} dropped: {tuple(taken[name].shape)} in the file and {tuple(target[name].shape)} in the model"
-        for name in head
-        if taken[name].shape != target[name].shape
-    ]
-    for name in head if notes else ():
-        del taken[name]
-    return notes
-
-
-def _misfits(
-    taken: dict[str, Tensor], target: dict[str, Tensor], unmatched: list[str], optional: set[str]
-) -> list[str]:
-    """Lists the signs of another architecture; weights of the model in `optional` may be missing in the file."""
-    shapes = [
-        f"{name} is {tuple(value.shape)} in the file and {tuple(target[name].shape)} in the model"
-        for name, value in taken.items()
-        if value.shape != target[name].shape
-    ]
-    missing = [
-        f"{name} is not in the file"
-        for name in target
-        if name not in taken and _in_encoder(name) and plain_name(name) not in optional
-    ]
-    return shapes + missing + [f"{name} is not in the model" for name in unmatched if _in_encoder(name)]
 
 
 def _in_encoder(name: str) -> bool:

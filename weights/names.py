@@ -1,7 +1,7 @@
-"""The weights in a checkpoint of ours or of others, under the names that the published code gives them.
+"""The weights in a checkpoint, under the names that the published code gives them.
 
-Read are files of this repository, of the published AdaMAE, VideoMAE and MAE-ST code, of PySlowFast, DeepSpeed
-and Hugging Face.
+Read are files of this repository, of the published AdaMAE, VideoMAE and MAE-ST code, of PySlowFast, DeepSpeed and
+Hugging Face.
 """
 
 import argparse
@@ -44,7 +44,6 @@ class Weights:
 
     @cached_property
     def kind(self) -> str:
-        """What `recognise` says of the tensors, e.g. "AdaMAE pre-training"."""
         return recognise(self.tensors)
 
     @cached_property
@@ -65,8 +64,8 @@ def load_weights(path: str | Path, *, model_key: str = "model|module", prefix: s
 
     Args:
         path: a file, or a folder written by DeepSpeed or Hugging Face (`weights_file`).
-        model_key: keys separated by "|"; the weights are under the first one that the file has. Without any
-            of them they are under PySlowFast's "model_state", or the file itself is the state dict.
+        model_key: keys separated by "|"; the weights are under the first one that the file has. Without any of them
+            they are under PySlowFast's "model_state", or the file itself is the state dict.
         prefix: take only names that start with it, and remove it.
 
     Raises:
@@ -76,7 +75,12 @@ def load_weights(path: str | Path, *, model_key: str = "model|module", prefix: s
     state = read_checkpoint(file)
     if not isinstance(state, dict):
         raise CheckpointError(f"{file}: holds one {type(state).__name__}, not a dict of weights")
-    found = _state_dict(file, state, [*model_key.split("|"), "model_state"])
+    keys = [*model_key.split("|"), "model_state"]
+    found = next((state[key] for key in keys if key in state), state)
+    found = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}
+    if not found:
+        held = ", ".join(map(str, state)) or "nothing"
+        raise CheckpointError(f"{file}: no weights under {' or '.join(keys)} (--model_key), it holds {held}")
     start = f"{prefix.rstrip('.')}." if prefix else ""
     taken = {k.removeprefix(start): v for k, v in found.items() if k.startswith(start)}
     if not taken:
@@ -90,15 +94,6 @@ def load_weights(path: str | Path, *, model_key: str = "model|module", prefix: s
         flags=flags if isinstance(flags, dict) else {},
         ignored=[k for k in found if not k.startswith(start)],
     )
-
-
-def _state_dict(path: Path, state: dict, keys: list[str]) -> dict[str, Tensor]:
-    chosen = next((state[key] for key in keys if key in state), state)
-    tensors = {k: v for k, v in chosen.items() if isinstance(v, Tensor)} if isinstance(chosen, dict) else {}
-    if not tensors:
-        held = ", ".join(map(str, state)) or "nothing"
-        raise CheckpointError(f"{path}: no weights under {' or '.join(keys)} (--model_key), it holds {held}")
-    return tensors
 
 
 def weights_file(path: str | Path) -> Path:
@@ -115,8 +110,8 @@ def weights_file(path: str | Path) -> Path:
     found = [folder / n for n in names if (folder / n).is_file()] or sorted(folder.glob(f"*/{names[0]}"))
     if not found:
         raise CheckpointError(
-            f"{path}: none of {', '.join(names)} in this folder (merge ZeRO-3 partitions first, with the "
-            "zero_to_fp32.py beside them)"
+            f"{path}: none of {', '.join(names)} in this folder "
+            "(merge ZeRO-3 partitions first, with the zero_to_fp32.py beside them)"
         )
     if found[0].parent != folder and len(found) > 1:
         raise CheckpointError(f"{path}: choose one of {', '.join(str(f.parent) for f in found)}")

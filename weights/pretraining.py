@@ -19,22 +19,16 @@ def guess_pretrain_settings(found: Weights) -> dict:
     for name in sorted(PRETRAIN_MODELS):
         size, patch_of_name, _ = parse_model_name(name, PRETRAIN_MODELS)
         if (size.dim, patch_of_name, TUBELET) == (dim, patch, tubelet):
-            blocks = {k.split(".")[2] for k in found.tensors if k.startswith("decoder.blocks.")}
-            adaptive = "encoder.pos_embed_probs" in found.tensors
-            return {
-                "name": name,
-                "decoder_depth": len(blocks),
-                "mask_type": "adaptive" if adaptive else "tube",
-                "mask_ratio": 0.95 if adaptive else 0.9,
-            }
+            depth = len({k.split(".")[2] for k in found.tensors if k.startswith("decoder.blocks.")})
+            rule, ratio = ("adaptive", 0.95) if "encoder.pos_embed_probs" in found.tensors else ("tube", 0.9)
+            return {"name": name, "decoder_depth": depth, "mask_type": rule, "mask_ratio": ratio}
     raise CheckpointError(f"{found.path}: no known pre-training model has width {dim} and patch {patch}")
 
 
 def load_pretrain_model(found: Weights, **changes) -> PretrainVisionTransformer:
     """Rebuilds the pre-training model of a checkpoint, in evaluation mode.
 
-    Args:
-        changes: settings of `create_pretrain_model` that replace the checkpoint's, e.g. `mask_ratio`.
+    `changes` replace the checkpoint's settings of `create_pretrain_model`, e.g. `mask_ratio`.
 
     Raises:
         CheckpointError: it is no pre-training checkpoint, or does not fit the settings.

@@ -18,17 +18,13 @@ def find_tested(*, finetune: str, resume: str, output_dir: str, **place: str) ->
     """Reads the weights to test.
 
     They are in the first file with a head of: `finetune`; `resume`, or else the best or newest in `output_dir`.
-
-    Args:
-        place: `model_key` and `prefix` of `load_weights`, for the first of these files only.
+    `place` holds `model_key` and `prefix` of `load_weights`, for the first of these files only.
 
     Raises:
         CheckpointError: there is no such file, or none with a head.
     """
-    paths = [finetune] if finetune else []
-    if resume:
-        paths.append(resume)
-    elif output_dir:
+    paths = [path for path in (finetune, resume) if path]
+    if output_dir and not resume:
         best = Path(output_dir) / BEST
         paths += [best] if best.is_file() else epoch_checkpoints(output_dir)[:1]
     if not paths:
@@ -81,13 +77,13 @@ def load_tested(found: Weights, model: VisionTransformer | Probe, report: Callab
     """Loads the weights to test, all of them, into a classifier or probe; see `load_classifier_weights`.
 
     Raises:
-        CheckpointError: as `fit_weights`; or the file lacks a weight of the model, or has a norm, pooling or
-            head that the model lacks.
+        CheckpointError: as `fit_weights`; or the file lacks a weight of the model, or has a norm, pooling or head
+            that the model lacks.
     """
     theirs, ours = (tuple(tensor.shape) for tensor in (found.tensors["head.weight"], model.head.weight))
     if theirs != ours:
         raise CheckpointError(f"{found.path}: head.weight is {theirs} in the file and {ours} in the model")
-    tensors, became = fit_weights(found, model.state_dict(), window=model.window)
+    tensors, became = fit_weights(found, model)
     if became.fresh:
         raise CheckpointError(f"{found.path} can't be tested: {became.fresh[0]} of the model is not in the file")
     for name in became.ignored:
