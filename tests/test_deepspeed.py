@@ -170,7 +170,7 @@ def test_pretraining_runs_with_its_float32_sampler(stage):
     def weights_and_norms(stage):
         torch.manual_seed(0)
         model = PretrainVisionTransformer(
-            size=SIZE, patch=4, window=(2, 4, 4), mask_ratio=0.75, checkpoint_activations=True
+            size=SIZE, patch=4, window=(2, 4, 4), target_width=96, mask_ratio=0.75, checkpoint_activations=True
         )
         sampler = model.sampler_parameters()
         optimizer = create_optimizer(model, lr=0.01, weight_decay=0.05, eps=1e-4)

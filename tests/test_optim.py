@@ -53,7 +53,10 @@ def test_every_published_schedule_is_compared():
 def tiny_adamae(depth: int = 2, **settings) -> PretrainVisionTransformer:
     torch.manual_seed(0)
     size = Size(dim=32, depth=depth, heads=4, decoder_dim=16, decoder_heads=2)
-    return PretrainVisionTransformer(size=size, patch=4, window=(4, 4, 4), mask_ratio=0.8, **settings)
+    target_width = 2 * 4 * 4 * 3
+    return PretrainVisionTransformer(
+        size=size, patch=4, window=(4, 4, 4), mask_ratio=0.8, target_width=target_width, **settings
+    )
 
 
 def tiny_classifier(depth: int = 2, **settings) -> VisionTransformer:
