@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
-from tools.inference.feature_files import Features, file_names, is_done, write_features
+from tools.inference.feature_files import Features, is_done, write_features
 from tools.inference.trained import (
     Trained,
     check_flags,
@@ -53,6 +53,7 @@ from tools.inference.trained import (
     run_tool,
 )
 from tools.inference.windows import Unreadable, Windows, collate
+from tools.preparing.planning import target_names
 
 POOLS = ("mean", "frame", "tokens")
 
@@ -73,11 +74,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def clip_features(clips: Tensor, *, model: nn.Module, pool: str) -> Tensor:
-    """Computes the features of normalised clips: (B,3,T,H,W) -> (B,D), (B,T',D) or (B,T',H',W',D).
-
-    Args:
-        pool: one of `POOLS`; see the top of this file.
-    """
+    """Computes what `pool` keeps of normalised clips: (B,3,T,H,W) -> (B,D), (B,T',D) or (B,T',H',W',D)."""
     if pool == "mean":
         return model.forward_features(clips)  # (B,D)
     encoder = encoder_of(model)
@@ -112,15 +109,10 @@ def checksum(model: nn.Module) -> str:
 
 def settings_of(args: argparse.Namespace, trained: Trained) -> dict:
     """Returns the settings on which the features depend, for the metadata of their files."""
+    asked = {name: getattr(args, name) for name in ("pool", "window", "dtype")}
+    amp = str(trained.amp or torch.float32).removeprefix("torch.")
     clips = {name: value for name, value in trained.clips._asdict().items() if name not in ("segments", "crops")}
-    return {
-        "pool": args.pool,
-        "window": args.window,
-        "dtype": args.dtype,
-        "amp": str(trained.amp or torch.float32).removeprefix("torch."),
-        "weights": checksum(trained.model),
-        **clips,
-    }
+    return {**asked, "amp": amp, "weights": checksum(trained.model), **clips}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -131,14 +123,13 @@ def run(args: argparse.Namespace) -> int:
     trained = load_trained(args, lambda text: print(text, file=sys.stderr), headless=True)
     settings = settings_of(args, trained)
     todo = []
-    for (path, name), file in zip(videos.items(), file_names(list(videos.values()), args.format), strict=True):
+    for (path, name), file in zip(videos.items(), target_names(list(videos.values()), args.format), strict=True):
         about = {"video": name.as_posix(), **settings}
         if args.overwrite or not is_done(output / file, about):
             todo.append((path, output / file, about))
 
-    dataset = Windows(
-        paths=[path for path, _, _ in todo], clips=trained.clips, stride=args.window, decoder=args.decoder
-    )
+    paths = [path for path, _, _ in todo]
+    dataset = Windows(paths=paths, clips=trained.clips, stride=args.window, decoder=args.decoder)
     workers = min(args.num_workers, len(todo)) if len(todo) > 1 else 0
     loader = DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate, num_workers=workers)
     failed = 0
@@ -150,8 +141,8 @@ def run(args: argparse.Namespace) -> int:
             tqdm.write(f"extract_features.py: {path}: {found}", file=sys.stderr)
             continue
         write_features(file, found, {"model": args.model, **about})
-    there = len(videos) - len(todo)
-    print(f"{len(videos)} videos: {len(todo) - failed} written, {there} there already, {failed} unreadable")
+    made, there = len(todo) - failed, len(videos) - len(todo)
+    print(f"{len(videos)} videos: {made} written, {there} there already, {failed} unreadable")
     return failed
 
 

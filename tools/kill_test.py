@@ -92,17 +92,10 @@ def wait_to_kill(run: subprocess.Popen, output: Path, moment: str, rng: random.R
         pass  # no sleep: writing takes only a few milliseconds
 
 
-def kill(run: subprocess.Popen) -> None:
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
-
-
 def progress(output: Path) -> str:
     """Epoch and batch of the newest complete checkpoint."""
     found = newest_checkpoint(output, lambda text: print(text, file=sys.stderr))
-    if found is None:
-        return "nothing yet"
-    return f"epoch {found[1]['epoch'] + 1}, batch {found[1]['batch']}"
+    return f"epoch {found[1]['epoch'] + 1}, batch {found[1]['batch']}" if found else "nothing yet"
 
 
 def train_with_kills(program: str, videos: Path, output: Path, kills: int, seed: int) -> list[dict]:
@@ -115,7 +108,8 @@ def train_with_kills(program: str, videos: Path, output: Path, kills: int, seed:
             wait_to_kill(run, output, moment, rng)
             if run.poll() is not None:
                 raise SystemExit(f"the run ended after {len(met)} kills, see {output / 'console.txt'}")
-            kill(run)
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
             met.append({"moment": moment, "half_written": bool(unfinished_checkpoints(output)), "at": progress(output)})
             bar.update()
     run = begin(program, videos, output)
@@ -128,14 +122,13 @@ def differences(ours, theirs, where: str = "") -> list[str]:
     """The paths to the values in which two nested states differ."""
     if isinstance(theirs, torch.Tensor):
         return [] if torch.equal(ours, theirs) else [where]
-    if isinstance(theirs, dict):
-        missing = [f"{where}/{key}" for key in ours.keys() ^ theirs.keys()]
-        return missing + [
-            d for key in ours.keys() & theirs.keys() for d in differences(ours[key], theirs[key], f"{where}/{key}")
-        ]
     if isinstance(theirs, list):
-        return [d for i, pair in enumerate(zip(ours, theirs, strict=True)) for d in differences(*pair, f"{where}/{i}")]
-    return [] if ours == theirs else [where]
+        ours, theirs = dict(enumerate(ours)), dict(enumerate(theirs))
+    if not isinstance(theirs, dict):
+        return [] if ours == theirs else [where]
+    missing, shared = ours.keys() ^ theirs.keys(), ours.keys() & theirs.keys()
+    below = (differences(ours[key], theirs[key], f"{where}/{key}") for key in shared)
+    return sum(below, [f"{where}/{key}" for key in missing])
 
 
 def final_state(folder: Path) -> dict:

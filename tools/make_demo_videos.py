@@ -147,13 +147,11 @@ def render(seed: int, split: str, index: int, num_frames: int, size: int) -> tup
     label = index % len(MOTIONS)
     progress = np.linspace(0, 1, num_frames, dtype=np.float32)
     ticks = (np.arange(size, dtype=np.float32) + 0.5) / size
-    x, y = ticks[None, None, :], ticks[None, :, None]
-    x, y = np.broadcast_to(x, (1, size, size)), np.broadcast_to(y, (1, size, size))
+    x, y = np.array(np.meshgrid(ticks, ticks))[:, None]  # (1,H,W) each
 
     movers = poses(MOTIONS[label], rng, progress)
     looks = rng.permutation(len(LOOKS))
-    canvas = paint_background(rng, x, y, progress)
-    canvas = np.broadcast_to(canvas, (num_frames, size, size, 3)).copy()
+    canvas = np.broadcast_to(paint_background(rng, x, y, progress), (num_frames, size, size, 3)).copy()
     layers = [(pose, True) for pose in movers]
     if rng.random() < 0.4:
         still = [*rng.uniform(0.12, 0.88, 2), rng.uniform(0.09, 0.13), rng.uniform(0, 2 * np.pi)]

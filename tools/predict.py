@@ -50,14 +50,11 @@ def build_loader(
     """Returns a loader of all views of each video, in batches of `batch_size` clips or one video."""
     clips, n = trained.clips, len(paths)
     videos = VideoList(list_path="", root="", paths=list(paths), labels=[NO_LABEL] * n, lines=list(range(1, n + 1)))
-    dataset = EvalDataset(
-        videos=videos,
-        crops=clips.make_crops(clips.crops),
-        settings=ClipSettings(
-            sampling=clips.sampling, num_frames=clips.num_frames, sampling_rate=clips.sampling_rate, decoder=decoder
-        ),
-        num_segments=clips.segments,
+    settings = ClipSettings(
+        sampling=clips.sampling, num_frames=clips.num_frames, sampling_rate=clips.sampling_rate, decoder=decoder
     )
+    crops = clips.make_crops(clips.crops)
+    dataset = EvalDataset(videos=videos, crops=crops, settings=settings, num_segments=clips.segments)
     workers = min(num_workers, n) if n > 1 else 0
     return build_evaluation_loader(dataset, LoadSettings(batch_size=batch_size, num_workers=workers))
 
@@ -113,26 +110,20 @@ def predict(args: argparse.Namespace) -> int:
             unreadable.append({"video": paths[index], "reason": reason})
             tqdm.write(f"predict.py: {paths[index]}: {reason}", file=sys.stderr)
             continue
-        top = best_classes(scores, args.topk, names)
-        predictions.append({"video": paths[index], "top": top})
+        predictions.append({"video": paths[index], "top": best_classes(scores, args.topk, names)})
         if args.json != "-":
-            tqdm.write(as_table(paths[index], top))
+            tqdm.write(as_table(**predictions[-1]))
 
-    if args.json:
-        views = {"segments": clips.segments, "crops": clips.crops}
-        found = {"model": args.model, **views, "predictions": predictions, "unreadable": unreadable}
-        write_json(args.json, found)
-    return len(unreadable)
-
-
-def write_json(path: str, found: dict) -> None:
+    views = {"segments": clips.segments, "crops": clips.crops}
+    found = {"model": args.model, **views, "predictions": predictions, "unreadable": unreadable}
     text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-    if path == "-":
+    if args.json == "-":
         sys.stdout.write(text)
-        return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path, "w") as file:
-        file.write(text)
+    elif args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(args.json, "w") as file:
+            file.write(text)
+    return len(unreadable)
 
 
 def main(argv: list[str] | None = None) -> None:

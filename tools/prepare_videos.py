@@ -224,7 +224,8 @@ def run_check(args: argparse.Namespace) -> int:
     folder = args.output or (args.input.parent if args.input.is_file() else args.input)
     folder.mkdir(parents=True, exist_ok=True)
     report, limits = folder / shard_name("check", args.shard), {"workers": args.workers, "timeout": args.timeout}
-    bad, num_videos = check_videos(lines, report, decoder=args.decoder, **limits)
+    bad = check_videos(lines, report, decoder=args.decoder, **limits)
+    num_videos = len({line.path for line in lines if line.path})
     print(f"{len(lists)} lists, {len(lines)} lines, {num_videos} videos: {len(bad)} faults")
     summarise([(f"{line.file}, line {line.number}: {line.path}", line.wrong) for line in bad], report)
     return 1 if bad else 0

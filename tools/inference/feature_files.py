@@ -1,8 +1,6 @@
-"""Files of features, for extract_features.py: their names, and what was written with which settings."""
+"""Files of features, for extract_features.py, and the settings that they were made with."""
 
 import json
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,17 +16,6 @@ class Features(NamedTuple):
 
     features: np.ndarray  # (W,...)
     frames: np.ndarray  # int64 (W,T), the frames in each clip
-
-
-def file_names(videos: Sequence[Path], kind: str) -> list[Path]:
-    """Returns the file for each video: its path with the suffix replaced; appended where names would collide.
-
-    Args:
-        kind: the suffix.
-    """
-    count = Counter(video.with_suffix("") for video in videos)
-    stems = [video if count[video.with_suffix("")] > 1 else video.with_suffix("") for video in videos]
-    return [stem.with_name(f"{stem.name}.{kind}") for stem in stems]
 
 
 def write_features(path: Path, found: Features, about: dict) -> None:

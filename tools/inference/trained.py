@@ -35,8 +35,7 @@ def inference_parser(program: str, description: str) -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("model").add_argument
     add("--model", required=True, metavar="CKPT", help="checkpoint: a file, or a DeepSpeed folder")
-    add("--model_key", default="model|module",
-        help="key of the weights in it, e.g. model_ema (default: %(default)s)")
+    add("--model_key", default="model|module", help="key of the weights in it, e.g. model_ema (default: %(default)s)")
     add("--model_prefix", default="", help="prefix of the weights to load")
     add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
     add("--amp", default="off", choices=["auto", "bf16", "fp16", "off"],
@@ -57,10 +56,7 @@ def inference_parser(program: str, description: str) -> argparse.ArgumentParser:
 
 
 def check_flags(args: argparse.Namespace, *more_counts: str) -> None:
-    """Validates the numbers and the decoder among the flags of `inference_parser`.
-
-    Args:
-        more_counts: further flags that must be at least 1 where they are given.
+    """Validates the decoder and numbers of `inference_parser`; `more_counts` names other flags of at least 1.
 
     Raises:
         SettingError: a flag is wrong.
@@ -86,9 +82,6 @@ def run_tool(program: str, work: Callable[[], int]) -> None:
         raise SystemExit(f"{program}: error: {failed} of the videos could not be read, see above")
 
 
-# --- the model ----------------------------------------------------------------------------------------------
-
-
 class TrainedClips(NamedTuple):
     """The clips of a model and the views of its test."""
 
@@ -103,9 +96,8 @@ class TrainedClips(NamedTuple):
 
     def make_crops(self, num_crops: int) -> EvenCrops:
         """Returns the spatial views of a test, as `build_finetuning_loaders` makes them."""
-        return EvenCrops(
-            short_side=self.short_side, size=self.input_size, num_crops=num_crops, round_up=self.sampling == "mae_st"
-        )
+        round_up = self.sampling == "mae_st"
+        return EvenCrops(short_side=self.short_side, size=self.input_size, num_crops=num_crops, round_up=round_up)
 
 
 class Trained(NamedTuple):
@@ -119,8 +111,7 @@ class Trained(NamedTuple):
     @torch.inference_mode()
     def run(self, function: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
         """Applies `function` to normalised clips: uint8 (B,3,T,S,S) -> its result as float32 on the host."""
-        pixels = to_pixels(clips.to(self.device))
-        pixels = normalize(pixels, *COLOUR_STATISTICS[self.clips.statistics])  # (B,3,T,S,S)
+        pixels = normalize(to_pixels(clips.to(self.device)), *COLOUR_STATISTICS[self.clips.statistics])  # (B,3,T,S,S)
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
             return function(pixels).float().cpu()
 
@@ -139,8 +130,7 @@ def load_trained(args: argparse.Namespace, report: Callable[[str], None], *, hea
     """
     device = choose_device(args.device)
     found = load_weights(args.model, model_key=args.model_key, prefix=args.model_prefix)
-    changes = {"num_frames": args.num_frames, "input_size": args.input_size}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    changes = {name: value for name in ("num_frames", "input_size") if (value := getattr(args, name)) is not None}
     model = load_classifier(found, headless=headless, report=report, **changes)
     clips = trained_clips(found, encoder_of(model), vars(args))
     clips.make_crops(1)  # refuses sizes that do not go together
@@ -148,11 +138,7 @@ def load_trained(args: argparse.Namespace, report: Callable[[str], None], *, hea
 
 
 def trained_clips(found: Weights, encoder: VisionTransformer, given: dict) -> TrainedClips:
-    """Returns the clips that a model was trained on: as its checkpoint says, else as its paper does.
-
-    Args:
-        given: flags that take precedence, by name; None where they are not given.
-    """
+    """Returns a model's clips: as the flags in `given` that are not None say, else its checkpoint, else its paper."""
     flags, name = found.flags, classifier_settings(found)["name"]
     data_set = DATA_SETS.get(flags.get("data_set"), DATA_SETS["custom"])
     rule = data_set.sampling if "data_set" in flags else CLASSIFIERS[name].sampling
@@ -173,9 +159,6 @@ def trained_clips(found: Weights, encoder: VisionTransformer, given: dict) -> Tr
     )
 
 
-# --- the videos ---------------------------------------------------------------------------------------------
-
-
 def find_videos(arguments: Sequence[str]) -> dict[str, Path]:
     """Finds the videos that were named or lie in or below a named folder, each once, sorted in each folder.
 
@@ -190,9 +173,7 @@ def find_videos(arguments: Sequence[str]) -> dict[str, Path]:
     shared = os.path.commonpath([path if path.is_dir() else path.parent for path in whole])
     videos = {}
     for argument, path in zip(arguments, whole, strict=True):
-        inside = [path]
-        if path.is_dir():
-            inside = [path / below for below in find_below(path)]
+        inside = [path / below for below in find_below(path)] if path.is_dir() else [path]
         if not inside:
             raise SettingError(f"{argument}: no videos in this folder ({SUFFIXES.replace('|', ', ')})")
         for video in inside:

@@ -16,15 +16,13 @@ FRAME_BYTES = 2**28  # of uncropped frames of one video in memory at a time
 
 
 def sliding_windows(num_frames: int, clip_len: int, rate: int, stride: int) -> np.ndarray:
-    """Returns the frames of the clips that start at 0, stride, 2*stride, ... and end within the video.
+    """Returns the frames of the clips that start at 0, stride, 2*stride, ... and end within the video: int64 (W,T).
+
+    In a video shorter than a clip the only one repeats the last frame.
 
     Args:
-        num_frames: length of the video.
         clip_len: frames per clip, T.
         rate: frames of the video per frame of the clip.
-
-    Returns:
-        int64 (W,T). In a video shorter than a clip the only one repeats the last frame.
     """
     span = (clip_len - 1) * rate + 1
     starts = np.arange(0, max(num_frames - span, 0) + 1, stride)
@@ -48,17 +46,10 @@ class Unreadable(NamedTuple):
 
 
 class Windows(IterableDataset):
-    """Iterates over the windows of many videos, which the workers divide among themselves.
-
-    Args:
-        stride: see `sliding_windows`; None for the middle clip only.
-    """
+    """Iterates over the windows of many videos, or the middle clips if `stride` is None, split among the workers."""
 
     def __init__(self, *, paths: Sequence[str], clips: TrainedClips, stride: int | None, decoder: str):
-        self.paths = list(paths)
-        self.clips = clips
-        self.stride = stride
-        self.decoder = decoder
+        self.paths, self.clips, self.stride, self.decoder = list(paths), clips, stride, decoder
         self.crop = clips.make_crops(1)
 
     def __iter__(self) -> Iterator[Window | Unreadable]:
@@ -72,21 +63,18 @@ class Windows(IterableDataset):
                 yield Unreadable(number, str(error.reason))
 
     def _windows(self, number: int, video: Video) -> Iterator[Window]:
-        frames = self._frame_indices(video)  # (W,T)
+        c = self.clips
+        if self.stride is None:
+            frames = FRAME_RULES[c.sampling].views(video, c.num_frames, c.sampling_rate, 1)  # (1,T)
+        else:
+            frames = sliding_windows(video.num_frames, c.num_frames, c.sampling_rate, self.stride)  # (W,T)
         at_once = max(1, FRAME_BYTES // (3 * video.size[0] * video.size[1] * frames.shape[1]))
         for start in range(0, len(frames), at_once):
             part = frames[start : start + at_once]
             distinct, inverse = np.unique(part, return_inverse=True)  # (U,), (n*T,)
             shown = self.crop(video.get_frames(distinct))[0]  # (U,3,S,S)
             for k, where in enumerate(torch.from_numpy(inverse.reshape(part.shape))):
-                clip = shown[where].transpose(0, 1)  # (3,T,S,S)
-                yield Window(number, part[k], clip, last=start + k + 1 == len(frames))
-
-    def _frame_indices(self, video: Video) -> np.ndarray:
-        c = self.clips
-        if self.stride is None:
-            return FRAME_RULES[c.sampling].views(video, c.num_frames, c.sampling_rate, 1)
-        return sliding_windows(video.num_frames, c.num_frames, c.sampling_rate, self.stride)
+                yield Window(number, part[k], shown[where].transpose(0, 1), last=start + k + 1 == len(frames))
 
 
 def collate(items: list[Window | Unreadable]) -> tuple[list[Window | Unreadable], Tensor | None]:

@@ -72,7 +72,6 @@ def plain(template: str) -> str:
     return template.replace("[", "").replace("]", "")
 
 
-KINETICS_COLUMNS = {"youtube_id", "time_start", "time_end", "split"}
 KINETICS_SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val", "test": "test"}
 
 
@@ -88,7 +87,7 @@ def read_kinetics(folder: Path, *, split: int, official_test: bool) -> Annotatio
     for file in sorted(folder.glob("*.csv")):
         with malformed(file), file.open(encoding="utf-8-sig", newline="") as f:
             table = csv.DictReader(f)
-            if not set(table.fieldnames or ()) >= KINETICS_COLUMNS:
+            if not set(table.fieldnames or ()) >= {"youtube_id", "time_start", "time_end", "split"}:
                 continue
             for row in table:
                 if row["split"] not in KINETICS_SPLITS:
@@ -98,16 +97,15 @@ def read_kinetics(folder: Path, *, split: int, official_test: bool) -> Annotatio
                 rows[KINETICS_SPLITS[row["split"]]][name] = row.get("label")
     if not rows["train"]:
         raise AnnotationError(f"{folder} has no .csv file with training videos of Kinetics (train.csv)")
-    classes = sorted(set(rows["train"].values()))
-    numbers = {name: number for number, name in enumerate(classes)}
+    numbers = {name: number for number, name in enumerate(sorted(set(rows["train"].values())))}
     splits = {}
     for name in ("train", "val", "test") if official_test else ("train", "val"):
-        unknown = set(rows[name].values()) - set(classes)
+        unknown = set(rows[name].values()) - numbers.keys()
         if unknown:
             raise AnnotationError(f"{folder}: {name} has videos of the class {unknown.pop()!r}, train has none")
         splits[name] = [Entry(video, numbers[label]) for video, label in rows[name].items()]
     splits.setdefault("test", splits["val"])
-    return Annotations(classes, splits)
+    return Annotations(list(numbers), splits)
 
 
 def read_ucf101(folder: Path, *, split: int, official_test: bool) -> Annotations:
@@ -129,8 +127,7 @@ def read_ucf101(folder: Path, *, split: int, official_test: bool) -> Annotations
                 raise AnnotationError(f"{file}: {line}: the class is not in {index}")
             yield Entry(name.as_posix(), numbers[name.parent.name])
 
-    train = list(entries(find_file(folder, f"trainlist{split:02d}.txt")))
-    test = list(entries(find_file(folder, f"testlist{split:02d}.txt")))
+    train, test = (list(entries(find_file(folder, f"{part}list{split:02d}.txt"))) for part in ("train", "test"))
     return Annotations(sorted(numbers, key=numbers.get), {"train": train, "val": test, "test": test})
 
 
@@ -162,9 +159,7 @@ def refuse_official_test(data_set: str, official_test: bool) -> None:
 
 READERS = {
     "SSV2": read_ssv2,
-    "Kinetics-400": read_kinetics,
-    "Kinetics-600": read_kinetics,
-    "Kinetics-700": read_kinetics,
+    **dict.fromkeys(("Kinetics-400", "Kinetics-600", "Kinetics-700"), read_kinetics),
     "UCF101": read_ucf101,
     "HMDB51": read_hmdb51,
 }

@@ -53,29 +53,22 @@ def check_lines(file: Path, data_root: Path | None, num_classes: int | None) -> 
     return lines or [Line(str(file), 0, "", "the list is empty")]
 
 
-def check_videos(
-    lines: Sequence[Line], report: Path, *, decoder: str, workers: int, timeout: float
-) -> tuple[list[Line], int]:
-    """Decodes three frames of every video and writes whatever is wrong to a CSV file.
-
-    Returns:
-        The lines with errors, those of the lists included, and the number of videos.
-    """
+def check_videos(lines: Sequence[Line], report: Path, *, decoder: str, workers: int, timeout: float) -> list[Line]:
+    """Decodes three frames of every video, writes all errors to a CSV file and returns the lines that have one."""
     by_path = defaultdict(list)
     for line in lines:
         by_path[line.path].append(line)
     paths = [path for path in by_path if path]
     bad = [line for line in lines if line.wrong]
-    with failure_file(report, "list,line,path,reason") as write:
+    outcomes = run_tasks(partial(check_video, decoder=decoder), paths, workers=workers, timeout=timeout)
+    with closing(outcomes), failure_file(report, "list,line,path,reason") as write:
         for line in bad:
             write(line)
-        check = partial(check_video, decoder=decoder)
-        with closing(run_tasks(check, paths, workers=workers, timeout=timeout)) as outcomes:
-            for number, failure in outcomes:
-                for line in by_path[paths[number]] if failure else ():
-                    bad.append(line._replace(wrong=failure.reason))
-                    write(bad[-1])
-    return bad, len(paths)
+        for number, failure in outcomes:
+            for line in by_path[paths[number]] if failure else ():
+                bad.append(line._replace(wrong=failure.reason))
+                write(bad[-1])
+    return bad
 
 
 def check_video(path: str, *, decoder: str) -> Failure | None:
@@ -85,4 +78,3 @@ def check_video(path: str, *, decoder: str) -> Failure | None:
             video.get_frames(three_frames(video.num_frames))
     except VideoError as error:
         return Failure(error.reason)
-    return None

@@ -6,7 +6,7 @@ Annotated videos are matched by name: their folder below the root and their suff
 import os
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -19,15 +19,11 @@ SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "
 
 
 class Found(NamedTuple):
-    """Which videos of a data set are on disk.
+    """Which videos of a data set are on disk."""
 
-    listed: (path, label) of the videos found, for each split. missing: (split, name) of the others.
-    doubtful: (split, name) of those found more than once; the first one is listed.
-    """
-
-    listed: dict[str, list[tuple[PurePath, int]]]
-    missing: list[tuple[str, str]]
-    doubtful: list[tuple[str, str]]
+    listed: dict[str, list[tuple[PurePath, int]]]  # (path, label) of the videos found, by split
+    missing: list[tuple[str, str]]  # (split, name) of the others
+    doubtful: list[tuple[str, str]]  # (split, name) of those found more than once; the first one is listed
 
 
 def match(annotations: Annotations, videos: Iterable[PurePath]) -> Found:
@@ -72,7 +68,7 @@ def match_list(file: Path, output: Path, data_root: Path | None) -> Found:
     return found
 
 
-def read_class_folders(videos: Iterable[PurePath], *, val_fraction: float) -> tuple[Found, list[str], list[PurePath]]:
+def read_class_folders(videos: Sequence[PurePath], *, val_fraction: float) -> tuple[Found, list[str], list[PurePath]]:
     """Reads splits and classes from paths such as `class/.../x.mp4` or `train/class/.../x.mp4`.
 
     Classes are numbered alphabetically. If there are neither val nor test folders, `val_fraction` of each class
@@ -83,7 +79,6 @@ def read_class_folders(videos: Iterable[PurePath], *, val_fraction: float) -> tu
         The videos by split, the names of the classes, and the paths left out: those without a class and, where
         there are folders for splits, those elsewhere.
     """
-    videos = list(videos)
     has_splits = any(len(path.parts) > 2 and path.parts[0] == "train" for path in videos)
     members, left_out = defaultdict(list), []  # (split, class) -> paths
     for path in videos:
@@ -110,8 +105,7 @@ def read_class_folders(videos: Iterable[PurePath], *, val_fraction: float) -> tu
 def write_lists(folder: Path, found: Found, classes: list[str] | None) -> None:
     """Writes a list for each split with videos, such as train.csv, and labels.txt if there are classes.
 
-    Args:
-        folder: where the lists go, and where the paths of `found` start from.
+    The lists go to the folder that the paths of `found` start from.
 
     Raises:
         AnnotationError: a path can't be written to a list.

@@ -20,11 +20,9 @@ class Job(NamedTuple):
 
 
 def plan_jobs(given: Path, output: Path, data_root: Path | None) -> list[Job]:
-    """One job for each video, whether it has been made or not, sorted by name.
+    """One job for each video of a folder or list, whether it has been made or not, sorted by name.
 
-    Args:
-        given: folder or list of videos.
-        data_root: folder that relative paths of a list start from; None: the folder of the list.
+    Relative paths in a list start from `data_root`, by default the folder of the list.
 
     Raises:
         SettingError: there are no videos, two would get the same name, or a source would be overwritten.
@@ -33,8 +31,7 @@ def plan_jobs(given: Path, output: Path, data_root: Path | None) -> list[Job]:
     sources, paths = _in_folder(given, output) if given.is_dir() else _in_list(given, data_root)
     if not sources:
         raise SettingError(f"--input {given}: no videos in this folder")
-    names = target_names(paths)
-    jobs = [Job(source, name, str(output / name)) for source, name in zip(sources, names, strict=True)]
+    jobs = [Job(source, name, str(output / name)) for source, name in zip(sources, target_names(paths), strict=True)]
     _refuse_overwriting(jobs, output)
     return sorted(jobs, key=lambda job: job.name)
 
@@ -58,11 +55,11 @@ def _in_list(file: Path, data_root: Path | None) -> tuple[list[str], list[PurePa
     return sources, [PurePath(os.path.relpath(source, root)) for source in sources]
 
 
-def target_names(paths: Sequence[PurePath]) -> list[PurePath]:
-    """Each path with the suffix .mp4 instead of its own, or after it where paths differ only in their suffix."""
+def target_names(paths: Sequence[PurePath], suffix: str = "mp4") -> list[PurePath]:
+    """Each path with `suffix` instead of its own, or after it where paths differ only in their suffix."""
     count = Counter(path.with_suffix("") for path in paths)
     stems = [path if count[path.with_suffix("")] > 1 else path.with_suffix("") for path in paths]
-    return [stem.with_name(f"{stem.name}.mp4") for stem in stems]
+    return [stem.with_name(f"{stem.name}.{suffix}") for stem in stems]
 
 
 def _refuse_overwriting(jobs: Sequence[Job], output: Path) -> None:

@@ -6,12 +6,14 @@ PyAV does all of it on one core; other processes transcode other videos meanwhil
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from av import VideoFrame
 
 from clips.video import open_video
 from clips.video_index import VideoError, VideoIndex, index_video
@@ -20,39 +22,22 @@ from tools.preparing.workers import Failure
 
 ABANDONED = 24 * 3600  # age in seconds at which no other run can still be writing an unfinished file
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
+# "fastdecode" drops arithmetic coding and deblocking, half the cost of decoding.
+X264 = {"bf": "0", "tune": "fastdecode", "threads": "1"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How videos are encoded.
+    """How videos are encoded."""
 
-    Args:
-        short_side: even, in pixels; a smaller video keeps its size unless `enlarge`.
-        gop: largest distance between key frames, in frames.
-        crf: x264's quality, lower is better.
-        preset: x264's effort.
-    """
-
-    short_side: int = 320
+    short_side: int = 320  # even, in pixels; a smaller video keeps its size unless `enlarge`
     enlarge: bool = False
-    gop: int = 16
-    crf: int = 20
-    preset: str = "veryfast"
-
-    @property
-    def options(self) -> dict[str, str]:
-        """For x264. "fastdecode" drops arithmetic coding and deblocking, half the cost of decoding."""
-        return {
-            "g": str(self.gop),
-            "bf": "0",
-            "crf": str(self.crf),
-            "preset": self.preset,
-            "tune": "fastdecode",
-            "threads": "1",
-        }
+    gop: int = 16  # largest distance between key frames, in frames
+    crf: int = 20  # x264's quality, lower is better
+    preset: str = "veryfast"  # x264's effort
 
 
-def convert(source: str | Path, target: str | Path, encoding: Encoding) -> None:
+def convert(source: str | Path, target: Path, encoding: Encoding) -> None:
     """Writes `target` from `source`, flushes it to disk and reads three of its frames back.
 
     Pixel proportions stay those of the stored frames, which are what decoders return.
@@ -66,11 +51,11 @@ def convert(source: str | Path, target: str | Path, encoding: Encoding) -> None:
     size = output_size(*index.size, encoding.short_side, enlarge=encoding.enlarge)
     rate = frame_rate(index)
     frames = at_constant_rate(timed_frames(source, index, rate), rate, index.num_frames)
-    count = encode(frames, target, size=size, turns=index.turns, rate=rate, options=encoding.options)
+    encode(frames, target, size=size, turns=index.turns, rate=rate, encoding=encoding)
     with open(target, "rb") as f:
         os.fsync(f.fileno())
     try:
-        read_back(target, count=count, size=size, rate=rate)
+        read_back(target, count=index.num_frames, size=size, rate=rate)
     except VideoError as error:
         raise VideoError(source, f"the new file is wrong: {error.reason}") from error
 
@@ -94,7 +79,7 @@ def frame_rate(index: VideoIndex) -> Fraction:
     return usual if usual and abs(usual / mean - 1) * index.num_frames < 0.5 else mean
 
 
-def timed_frames(path: str | Path, index: VideoIndex, rate: Fraction) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+def timed_frames(path: str | Path, index: VideoIndex, rate: Fraction) -> Iterator[tuple[Fraction, VideoFrame]]:
     """Yields every frame with its time in seconds from the first frame.
 
     Raises:
@@ -119,9 +104,7 @@ def timed_frames(path: str | Path, index: VideoIndex, rate: Fraction) -> Iterato
         raise VideoError(path, f"only {k + 1} of {index.num_frames} frames can be decoded")
 
 
-def at_constant_rate(
-    timed: Iterator[tuple[Fraction, av.VideoFrame]], rate: Fraction, count: int
-) -> Iterator[av.VideoFrame]:
+def at_constant_rate(timed: Iterator[tuple[Fraction, VideoFrame]], rate: Fraction, count: int) -> Iterator[VideoFrame]:
     """Yields `count` frames; frame k is the one on display k / rate seconds after the first.
 
     That is the last one that starts before (k + 1/2) / rate. So times that are off by less than half a frame,
@@ -138,58 +121,40 @@ def at_constant_rate(
 
 
 def encode(
-    frames: Iterator[av.VideoFrame],
-    path: str | Path,
-    *,
-    size: tuple[int, int],
-    turns: int,
-    rate: Fraction,
-    options: dict[str, str],
-) -> int:
-    """Writes frames as H.264 in MP4 and returns their number.
+    frames: Iterator[VideoFrame], path: Path, *, size: tuple[int, int], turns: int, rate: Fraction, encoding: Encoding
+) -> None:
+    """Writes frames as H.264 in MP4.
 
     Args:
         size: even (H,W) of the upright video.
         turns: quarter turns, counter-clockwise, that make a frame upright.
         rate: in 1/s.
-        options: of x264.
     """
-    height, width = size
-    stored = size if turns % 2 == 0 else (width, height)
-    count = 0
+    options = {**X264, "g": str(encoding.gop), "crf": str(encoding.crf), "preset": encoding.preset}
+    h, w = size if turns % 2 == 0 else size[::-1]  # as stored
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        for frame in frames:
-            if count == 0:
-                copy_colours(frame, stream.codec_context)
-            picture = frame.reformat(
-                width=stored[1], height=stored[0], format="yuv420p",
-                dst_color_range="MPEG", interpolation="BICUBIC", threads=1,
-            )  # fmt: skip
+        (stream.height, stream.width), stream.pix_fmt, context = size, "yuv420p", stream.codec_context
+        for k, frame in enumerate(frames):
+            if k == 0:  # the source's colours, except that the range is always limited
+                context.colorspace, context.color_range = frame.colorspace, 1
+                context.color_primaries, context.color_trc = frame.color_primaries, frame.color_trc
+            picture = frame.reformat(w, h, "yuv420p", dst_color_range="MPEG", interpolation="BICUBIC", threads=1)
             picture = turn(picture, turns) if turns else picture
-            picture.pts, picture.time_base = count, 1 / rate
+            picture.pts, picture.time_base = k, 1 / rate
             picture.pict_type = 0  # else x264 copies the source's frame types, key and B-frames included
             container.mux(stream.encode(picture))
-            count += 1
         container.mux(stream.encode())
-    return count
 
 
-def copy_colours(frame: av.VideoFrame, encoder: av.VideoCodecContext) -> None:
-    """Copies the colour description of a frame to the encoder, except that the range is always limited."""
-    encoder.colorspace, encoder.color_range = frame.colorspace, 1
-    encoder.color_primaries, encoder.color_trc = frame.color_primaries, frame.color_trc
-
-
-def turn(frame: av.VideoFrame, turns: int) -> av.VideoFrame:
+def turn(frame: VideoFrame, turns: int) -> VideoFrame:
     """Rotates a yuv420p frame of even size by quarter turns counter-clockwise."""
     h, w = frame.height, frame.width
     planes = np.split(frame.to_ndarray().ravel(), [h * w, h * w * 5 // 4])
     shapes = (h, w), (h // 2, w // 2), (h // 2, w // 2)
     turned = [np.rot90(plane.reshape(shape), turns) for plane, shape in zip(planes, shapes, strict=True)]
     packed = np.concatenate([plane.ravel() for plane in turned]).reshape(-1, turned[0].shape[1])
-    return av.VideoFrame.from_ndarray(packed, format="yuv420p")
+    return VideoFrame.from_ndarray(packed, format="yuv420p")
 
 
 def read_back(path: str | Path, *, count: int, size: tuple[int, int], rate: Fraction) -> None:
@@ -240,8 +205,6 @@ def make_video(job: Job, *, encoding: Encoding, tag: str) -> Failure | None:
 def sweep(folder: Path, tag: str) -> None:
     """Removes the unfinished files of this run, and those that other runs abandoned."""
     for path in folder.rglob(".*.part"):
-        try:
+        with suppress(FileNotFoundError):  # another run was quicker
             if f".{tag}." in path.name or time.time() - path.stat().st_mtime > ABANDONED:
                 path.unlink()
-        except FileNotFoundError:  # another run was quicker
-            continue

@@ -1,8 +1,4 @@
-"""Runs tasks on many files in processes of which any may crash or hang, and reports the files that failed.
-
-for number, outcome in run_tasks(check_video, paths, workers=8, timeout=60):
-    if isinstance(outcome, Failure): ...
-"""
+"""Runs tasks on many files in processes of which any may crash or hang, and reports the files that failed."""
 
 import csv
 import multiprocessing
@@ -34,10 +30,7 @@ def run_tasks(
     """Yields (number, function(tasks[number])) as tasks are completed by `workers` processes, with a progress bar.
 
     A task that raises an exception, crashes its process or takes longer than `timeout` seconds yields a Failure;
-    the process is replaced. Closing the iterator ends all processes.
-
-    Args:
-        function: defined at the top level of a module.
+    the process is replaced. Closing the iterator ends all processes. `function` is one at the top of a module.
 
     Raises:
         BrokenProcessPool: processes die as soon as they start.
