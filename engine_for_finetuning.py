@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from augment import BatchAugmentation, Colours, normalize, to_pixels
-from optim import Engine
 from runs import watchdog
 from runs.best import BestCheckpoint
+from runs.engine import Engine
 from runs.processes import wait_for_all
 from runs.training import TrainingRun
 from utils import seed_all, sum_over_ranks

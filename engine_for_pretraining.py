@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from augment import Colours, normalize, to_pixels
-from optim import Engine
+from runs.engine import Engine
 from runs.training import TrainingRun
 from targets import Losses
 from utils import World, seed_all

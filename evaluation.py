@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from augment import Colours, normalize, to_pixels
 from clips.lists import VideoList
 from engine_for_finetuning import until_stopped
-from optim import Engine
 from runs.console import Console
+from runs.engine import Engine
 from runs.faults import TrainingDiverged
 from runs.processes import wait_for_all
 from runs.signals import SAVED, Stopped, StopSignals

@@ -1,21 +1,12 @@
-"""Everything between the loss and the next forward pass.
+"""The optimiser: parameter groups with layer decay, the schedule, and skipping steps with a non-finite loss."""
 
-Parameter groups, schedules, precision, gradient accumulation, clipping, the moving average of the weights and
-the distributed wrapper, behind three verbs: `engine(x)`, `engine.backward(loss)`, `engine.step()`.
-"""
-
-import gc
 import math
 
 import torch
+import torch.distributed as dist
 from timm.optim import Lars, create_optimizer_v2, get_optimizer_info, list_optimizers
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from runs.bad_steps import BadSteps
 from utils import SettingError
 
 
@@ -115,183 +106,57 @@ def cosine_schedule(
     return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * progress))
 
 
-def resolve_amp(amp: str, device: torch.device) -> torch.dtype | None:
-    """The type of mixed precision, or None for float32.
+class BadSteps:
+    """Skips the optimiser's step where the loss of any process is not finite, and counts such steps.
 
-    "auto" takes bfloat16 where the device computes in it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX),
-    float16 on older CUDA devices, and float32 elsewhere.
-    """
-    if amp == "auto":
-        if device.type == "cuda":
-            amp = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-        else:
-            amp = "bf16" if torch.cpu._is_avx512_bf16_supported() else "off"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-
-
-class Engine:
-    """A model with its optimiser, in one process or in many (DDP), in float32 or mixed precision.
-
-    Args:
-        amp: type of autocast, or None. float16 scales the loss; the scaler is a no-op otherwise.
-        update_freq: batches whose gradients are averaged into one optimiser step.
-        clip_grad: largest norm of the gradient, or None.
-        compress: sum the gradients of the processes in bfloat16, which halves what they send.
-        watch: parameters whose gradient norm is computed apart from that of the rest, by name.
-        compile_model: run the forward pass through `torch.compile`.
-        ema_decay: keep a moving average of weights and buffers with this decay per step, or None.
-        ema_force_cpu: keep it in the host's memory.
-
-    After each step `grad_norms` holds the norms before clipping, by the names of `watch` and "rest". A step
-    with a non-finite loss on any process is skipped on all of them; `bad_steps` counts these.
+    Everything stays on the device and nothing waits for it: a fused optimiser skips a step by itself when its
+    attribute `found_inf` is set, as under a GradScaler. Other optimisers have no such switch, and whoever calls
+    `optimizer.step` (GradScaler, DeepSpeed) knows nothing of bad steps; so their `step` is replaced by one that
+    reads a number from the device and then steps or not.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        device: torch.device,
-        distributed: bool = False,
-        amp: torch.dtype | None = None,
-        update_freq: int = 1,
-        clip_grad: float | None = None,
-        compress: bool = False,
-        watch: dict[str, list[nn.Parameter]] | None = None,
-        compile_model: bool = False,
-        ema_decay: float | None = None,
-        ema_force_cpu: bool = False,
-    ):
-        self.module, self.optimizer, self.device = model, optimizer, device
-        self.amp, self.update_freq, self.clip_grad = amp, update_freq, clip_grad
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
-        self.groups_to_watch = _watched(model, watch or {})
-        self.grad_norms: dict[str, Tensor] = {}
-        self.batches = 0
-        self.ema = None
-        if ema_decay is not None:
-            home = torch.device("cpu") if ema_force_cpu else None
-            self.ema = ModelEmaV3(model, decay=ema_decay, device=home)
-        if compile_model:
-            model.compile()
-        self.forward_model = model
-        if distributed:
-            ids = [device.index] if device.type == "cuda" else None
-            self.forward_model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-            if compress:
-                self.forward_model.register_comm_hook(None, bf16_compress_hook)
-        self.bad_steps = BadSteps(optimizer, device)
-        for group in optimizer.param_groups:
-            group.setdefault("lr_scale", 1.0)
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device):
+        self.optimizer = optimizer
+        self.bad = torch.zeros((), device=device)  # 1 if a batch of this step was bad
+        self.last = self.bad  # 1 if the last step was skipped
+        self.total, self.in_row, self.longest = (torch.zeros((), device=device) for _ in range(3))
+        self.fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if not self.fused:
+            self.optimizer_step = optimizer.step
+            optimizer.step = self._step_if_good
 
-    def __call__(self, *inputs: Tensor, **named: Tensor):
-        if isinstance(self.forward_model, DistributedDataParallel):
-            self.forward_model.require_backward_grad_sync = self._last_of_step()
-        with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-            return self.forward_model(*inputs, **named)
+    def watch(self, loss: Tensor) -> None:
+        """Notes whether the loss of one batch is finite."""
+        self.bad = torch.maximum(self.bad, (~loss.detach().isfinite()).float())
 
-    @torch.no_grad()
-    def evaluate(self, *inputs: Tensor, ema: bool = False) -> Tensor:
-        """The forward pass in evaluation mode, of the weights or of their moving average.
+    def agree(self, norm: Tensor | None = None) -> None:
+        """Before the optimiser's step: bad on one process is bad on all.
 
-        It puts that model into evaluation mode. It communicates with no other process, so ranks may call it
-        unequally often.
+        Args:
+            norm: gradient norm, where a non-finite one makes the step bad too.
         """
-        model = self.ema.module if ema else self.module
-        home = next(model.parameters()).device
-        model.eval()
-        with torch.autocast(home.type, dtype=self.amp, enabled=self.amp is not None):
-            return model(*(x.to(home) for x in inputs)).to(self.device)
+        if norm is not None:
+            self.bad = torch.maximum(self.bad, (~norm.isfinite()).float())
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.bad, dist.ReduceOp.MAX)
+        if self.fused:
+            self.optimizer.found_inf = self.bad
 
-    def set_schedule(self, lr: float, weight_decay: float | None = None) -> None:
-        """Sets the learning rate (times each group's lr_scale), and the weight decay where there is any."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-            if weight_decay is not None and group["weight_decay"] > 0:
-                group["weight_decay"] = weight_decay
+    def _step_if_good(self, *args, **settings):
+        return None if self.bad.item() else self.optimizer_step(*args, **settings)
 
-    def backward(self, loss: Tensor) -> None:
-        self.bad_steps.watch(loss)
-        loss = loss * (1 + 0 * loss.detach())  # if not finite, all gradients become NaN: float16's scaler notices
-        self.scaler.scale(loss / self.update_freq).backward()
+    def count(self) -> None:
+        """After the optimiser's step."""
+        self.last, self.bad = self.bad, torch.zeros_like(self.bad)
+        self.total = self.total + self.last
+        self.in_row = (self.in_row + 1) * self.last
+        self.longest = torch.maximum(self.longest, self.in_row)
 
-    def _last_of_step(self) -> bool:
-        return (self.batches + 1) % self.update_freq == 0
+    def read(self) -> tuple[int, int, int]:
+        """Skipped steps: in all, in a row until now, in the longest row since the last call; equal on all ranks.
 
-    def step(self) -> bool:
-        """Updates the weights after every `update_freq` batches; returns whether it did."""
-        is_last = self._last_of_step()
-        self.batches += 1
-        if is_last:
-            self._update()
-            self.bad_steps.count()
-            if self.ema is not None:
-                self.ema.update(self.module)
-        return is_last
-
-    def _update(self) -> None:
-        self.scaler.unscale_(self.optimizer)
-        self.grad_norms = {
-            name: get_total_norm([p.grad for p in params if p.grad is not None])
-            for name, params in self.groups_to_watch.items()
-        }
-        norm = torch.stack(list(self.grad_norms.values())).square().sum().sqrt()
-        if self.clip_grad:
-            clip_grads_with_norm_(self.module.parameters(), self.clip_grad, norm)
-        self.bad_steps.agree(None if self.scaler.is_enabled() else norm)  # float16 overflows now and then
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def close(self) -> None:
-        """Drops the distributed wrapper; to be called before the process group is destroyed.
-
-        Otherwise the wrapper holds the last reference to the group, and the destructor of gloo's group, which
-        runs with the GIL held, can wait for ever for a thread that needs the GIL.
+        Only this call waits for the device.
         """
-        self.forward_model = self.module
-        gc.collect()  # DistributedDataParallel is part of reference cycles
-
-    def state_dict(self) -> dict:
-        """Weights, optimiser, scaler and moving average, under the keys of the published checkpoints.
-
-        Every process must call it; what rank 0 gets is complete.
-        """
-        state = {
-            "model": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-        }
-        if self.ema is not None:
-            state["model_ema"] = self.ema.module.state_dict()
-        return state
-
-    def load_state_dict(self, state: dict) -> None:
-        """Loads a state of this engine or the other one.
-
-        A missing moving average starts from the state's weights; a missing loss scale (the state was made in
-        another precision) starts afresh.
-
-        Raises:
-            SettingError: the state is of another optimiser.
-        """
-        was, now = state.get("optimizer_name"), type(self.optimizer).__name__
-        if was not in (None, now):
-            raise SettingError(f"it was made with the optimiser {was}, --opt {now.lower()} is another")
-        self.module.load_state_dict(state["model"])
-        settings = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(ours)  # this run's betas and so on, not those of the run before
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state.get("model_ema", state["model"]))
-
-
-def _watched(model: nn.Module, watch: dict[str, list[nn.Parameter]]) -> dict[str, list[nn.Parameter]]:
-    """The watched groups that are not empty, and `rest` for all other trained parameters."""
-    named = {name: params for name, params in watch.items() if params}
-    taken = {id(p) for params in named.values() for p in params}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
-    return {**named, "rest": rest}
+        total, in_row, longest = torch.stack([self.total, self.in_row, self.longest]).tolist()
+        self.longest = self.in_row
+        return int(total), int(in_row), int(longest)

@@ -18,11 +18,11 @@ from engine_for_finetuning import finetune
 from evaluation import FUSIONS, test
 from loaders import build_finetuning_loaders
 from modeling_finetune import CLASSIFIER_POSITIONS, CLASSIFIERS, colour_statistics, parse_model_name, token_grid
-from optim import Engine
 from probes import build_classifier
 from runs.assembly import Session, build_engine, build_run, build_schedule, open_session
 from runs.best import BestCheckpoint, resume_best
 from runs.console import Console
+from runs.engine import Engine
 from runs.flags import AT_LEAST_ONE, AT_LEAST_ZERO, BELOW_ONE, ON_OFF, SHARE, Flags, check_common, common_parser
 from runs.program import run_program
 from runs.signals import StopSignals

@@ -18,11 +18,11 @@ from masking_generator import ALIASES, RULES, visible_count
 from modeling_blocks import POSITIONS
 from modeling_finetune import parse_model_name, token_grid
 from modeling_pretrain import PRETRAIN_MODELS, create_pretrain_model
-from optim import Engine
 from pictures.panels import training_picture
 from pictures.reconstruction import PictureSettings
 from runs import watchdog
 from runs.assembly import Session, build_engine, build_run, build_schedule, open_session
+from runs.engine import Engine
 from runs.flags import AT_LEAST_ONE, ON_OFF, POSITIVE, Flags, check_common, common_parser
 from runs.program import run_program
 from runs.signals import StopSignals

@@ -25,8 +25,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from augment import IMAGENET_MEAN, IMAGENET_STD, normalize, to_pixels
 from modeling_pretrain import create_pretrain_model
-from optim import Engine, create_optimizer, resolve_amp
+from optim import create_optimizer
 from runs.console import memory_gib
+from runs.engine import Engine, resolve_amp
 from targets import Losses, create_target, patchify
 
 MODEL = "pretrain_videomae_base_patch16_224"

@@ -1,1 +1,1 @@
-"""What keeps a training run alive: checkpoints, resuming, signals, watchdog, logs, bad steps and videos, flags."""
+"""What keeps a run alive: engines, checkpoints, resuming, signals, watchdog, logs, bad steps and videos, flags."""

@@ -12,10 +12,11 @@ from clips.decoders import resolve_decoder
 from clips.lists import VideoList
 from datasets import ClipSettings
 from loaders import EpochSampler, LoadSettings
-from optim import Engine, cosine_schedule, create_optimizer, resolve_amp
-from runs.bad_steps import BadBatches
+from optim import cosine_schedule, create_optimizer
+from runs.bad_batches import BadBatches
 from runs.bad_videos import BadVideos
 from runs.console import Console
+from runs.engine import Engine, resolve_amp
 from runs.faults import Faults
 from runs.flags import Flags
 from runs.logs import RunLog
@@ -177,33 +178,29 @@ def build_run(
     args, world, console = session.args, session.world, session.console
     neutral = session.flags.neutral
     start = resume(engine, sampler, vars(args), neutral, model_settings=model_settings, world=world, console=console)
+    shared = {"engine": engine, "sampler": sampler, "world": world, "console": console}
     votes = Votes(timeout=1.5 * args.dist_timeout)  # longer than the watchdog's limit, which reports more
     session.to_close.callback(votes.close)
     checkpoints = Checkpoints(
-        engine=engine,
-        sampler=sampler,
+        **shared,
         output_dir=args.output_dir if save else "",
         about={"args": vars(args), "model_settings": model_settings},
         minutes=args.save_ckpt_minutes,
         keep=args.keep_ckpts,
         signals=session.signals,
         votes=votes,
-        world=world,
-        console=console,
     )
-    files = {"output_dir": args.output_dir, "warn": console.warn}
-    bad_videos = BadVideos(num_videos=num_read, limit=args.max_bad_videos, is_main=world.is_main, **files)
-    bad_batches = BadBatches(videos=videos, world=world, **files)
+    record = {"output_dir": args.output_dir, "warn": console.warn}
+    bad_videos = BadVideos(num_videos=num_read, limit=args.max_bad_videos, is_main=world.is_main, **record)
+    bad_batches = BadBatches(videos=videos, world=world, **record)
+    faults = Faults(bad_videos, bad_batches, engine.bad_steps, args.max_bad_steps, console)
     return TrainingRun(
-        engine=engine,
-        sampler=sampler,
+        **shared,
         epochs=args.epochs,
         resumed=start,
-        world=world,
-        console=console,
         log=session.log,
         checkpoints=checkpoints,
-        faults=Faults(bad_videos, bad_batches, engine.bad_steps, args.max_bad_steps, console),
+        faults=faults,
         log_freq=args.log_freq,
         save_freq=args.save_ckpt_freq,
     )

@@ -1,7 +1,7 @@
 """The engine on DeepSpeed: ZeRO shards the optimiser's state and the gradients across processes.
 
-It has the interface of `optim.Engine`, computes the same numbers, and reads and writes the same checkpoints: a run
-can resume with or without it, at another stage, on another number of processes.
+It has the interface of `Engine`, computes the same numbers, and reads and writes the same checkpoints: a run can
+resume with or without it, at another stage, on another number of processes.
 """
 
 import logging
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from optim import Engine
+from runs.engine import Engine
 from utils import SettingError
 
 # ZeRO shards flattened weights, so an optimiser must be element-wise. Others, such as LARS, LAMB, Adafactor or

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from runs.bad_steps import BadBatches, BadSteps
+from optim import BadSteps
+from runs.bad_batches import BadBatches
 from runs.bad_videos import BadVideos
 from runs.console import Console
 from utils import UserError

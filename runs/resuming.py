@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loaders import EpochSampler
-from optim import Engine
 from runs.checkpoints import CheckpointError, newest_checkpoint, read_checkpoint
 from runs.console import Console
+from runs.engine import Engine
 from runs.version import code_version
 from utils import World, gather_from_ranks
 

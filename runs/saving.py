@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loaders import EpochSampler
-from optim import Engine
 from runs import watchdog
 from runs.checkpoints import LAST, PREVIOUS, CheckpointError, epoch_checkpoints, save_checkpoint
 from runs.console import Console
+from runs.engine import Engine
 from runs.resuming import layout_of
 from runs.signals import Stopped, StopSignals, Votes
 from runs.version import code_version

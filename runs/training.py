@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loaders import EpochSampler
-from optim import Engine
 from runs import watchdog
 from runs.console import Console, memory_gib
+from runs.engine import Engine
 from runs.faults import Faults
 from runs.logs import RunLog
 from runs.meters import EpochStatistics

@@ -12,8 +12,9 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from clips.lists import read_list
-from optim import Engine, create_optimizer
-from runs.bad_steps import BadBatches
+from optim import create_optimizer
+from runs.bad_batches import BadBatches
+from runs.engine import Engine
 from utils import World
 
 CPU = torch.device("cpu")

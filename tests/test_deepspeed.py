@@ -13,10 +13,11 @@ from torch.nn.functional import cross_entropy
 
 from modeling_finetune import Size, VisionTransformer
 from modeling_pretrain import PretrainVisionTransformer
-from optim import Engine, create_optimizer
+from optim import create_optimizer
 from probes import make_probe
 from runs.checkpoints import read_checkpoint, save_checkpoint
 from runs.deepspeed_engine import DeepSpeedEngine
+from runs.engine import Engine
 from utils import seed_all
 
 CPU = torch.device("cpu")

@@ -13,11 +13,12 @@ from videos import write_video
 
 from masking_generator import RULES, Rule, draw_evenly, floor_masked
 from modeling_pretrain import create_pretrain_model
-from optim import Engine, create_optimizer
+from optim import create_optimizer
 from pictures.drawing import filmstrip
 from pictures.panels import BLANK, mask_panels, prediction_panel, training_picture
 from pictures.reconstruction import PictureSettings, reconstruct
 from run_mae_pretraining import main
+from runs.engine import Engine
 from targets import TARGETS, Losses, Target, create_target
 from weights.names import load_weights
 from weights.pretraining import load_pretrain_model

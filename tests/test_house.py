@@ -19,7 +19,9 @@ LEVELS = (  # a file imports from its own level or below
     ("utils",),
     ("clips",),
     ("augment", "masking_generator", "modeling_blocks", "modeling_finetune", "modeling_pretrain", "targets", "probes"),
-    ("datasets", "loaders", "optim", "runs", "weights", "pictures"),
+    ("optim", "datasets", "loaders"),
+    ("runs", "pictures"),
+    ("weights",),
     ("engine_for_pretraining", "engine_for_finetuning", "evaluation"),
     ("run_mae_pretraining", "run_class_finetuning", "tools", "benchmarks"),
 )

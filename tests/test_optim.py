@@ -10,8 +10,9 @@ from torch import nn
 
 from modeling_finetune import MAE_ST, Size, VisionTransformer
 from modeling_pretrain import PretrainVisionTransformer
-from optim import Engine, cosine_schedule, create_optimizer, parameter_groups
+from optim import cosine_schedule, create_optimizer, parameter_groups
 from probes import make_probe
+from runs.engine import Engine
 
 TABLES = table("optim_tables")
 SCHEDULES = TABLES.get("schedules", {})

@@ -19,8 +19,8 @@ from clips.lists import find_videos as find_below
 from clips.transforms import EvenCrops
 from datasets import DATA_SETS, FRAME_RULES
 from modeling_finetune import CLASSIFIERS, VisionTransformer, colour_statistics
-from optim import resolve_amp
 from probes import Probe
+from runs.engine import resolve_amp
 from utils import SettingError, UserError, choose_device
 from weights.classifier import classifier_settings, load_classifier
 from weights.names import Weights, load_weights
