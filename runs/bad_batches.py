@@ -62,4 +62,4 @@ class BadBatches:
             with self.file.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
                 csv.writer(file).writerows(([] if file.tell() else [COLUMNS]) + rows)
         except OSError as error:
-            self.warn(f"{self.file} could not be written ({error}); the run goes on")
+            self.warn(f"{self.file} could not be written ({error}); the run continues")

@@ -87,7 +87,7 @@ class BadVideos:
             with whole_file(self.file, "w", **AS_TEXT) as file:
                 csv.writer(file).writerows([COLUMNS, *self.reasons.items()])
         except OSError as error:
-            self.warn(f"{self.file} could not be written ({error}); the run goes on")
+            self.warn(f"{self.file} could not be written ({error}); the run continues")
 
     def _check(self) -> None:
         allowed = max(1, self.limit * self.num_videos)
@@ -113,5 +113,5 @@ def read_bad_videos(path: Path) -> dict[str, str]:
     with path.open(**AS_TEXT) as file:
         rows = csv.DictReader(file)
         if not set(COLUMNS) <= set(rows.fieldnames or []):
-            raise SettingError(f"{path} has no columns {', '.join(COLUMNS)}: move it away, a run writes its own")
+            raise SettingError(f"{path} has no columns {', '.join(COLUMNS)}: move it away, the run writes its own")
         return {row["path"]: row["reason"] or "" for row in rows}

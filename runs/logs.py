@@ -58,7 +58,7 @@ class RunLog:
             self.failing.discard(what)
         except OSError as error:
             if what not in self.failing:
-                self.warn(f"{what} could not be written ({error}): entries are lost, the training goes on")
+                self.warn(f"{what} could not be written ({error}): entries are lost, training continues")
             self.failing.add(what)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes, and at which batch of which epoch it goes on."""
+"""Which checkpoint a run resumes, and at which batch of which epoch it continues."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -81,7 +81,7 @@ def load(
         epoch, done = state["epoch"] + 1, state.get("batch", 0)
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} is no checkpoint that this run can go on from ({error}): start from its weights with "
+            f"{path} can't be resumed by this run ({error}): start from its weights with "
             "--finetune, or use another --output_dir"
         ) from error
     batch, lines = first_batch(done, state.get("layout", {}), layout_of(sampler))
@@ -118,7 +118,7 @@ def layout_of(sampler: EpochSampler) -> dict[str, int]:
 
 
 def first_batch(done: int, old: dict[str, int], new: dict[str, int]) -> tuple[int, list[str]]:
-    """The batch of an epoch to go on at, where `done` batches are done in another layout.
+    """The batch of an epoch to continue at, where `done` batches are done in another layout.
 
     An epoch goes through one order of the videos, of which all processes together take the next ones in each
     step; so a position in it is found again in any layout, to within a step.
@@ -134,7 +134,7 @@ def first_batch(done: int, old: dict[str, int], new: dict[str, int]) -> tuple[in
     _, was = _videos_a_step(old)
     step, now = _videos_a_step(new)
     first = done * old["batch_size"] * old["world_size"] // step * step
-    inside = f", and the epoch goes on at its video {first}" if done else ""
+    inside = f", and the epoch continues at its video {first}" if done else ""
     return first // step * new["update_freq"], [f"a step was {was}, now it is {now}; --lr scales with it{inside}"]
 
 

@@ -84,7 +84,7 @@ class Checkpoints:
             save_checkpoint(self.folder / name, state, keep_as=PREVIOUS if name == LAST else "")
         except (OSError, RuntimeError) as error:  # torch wraps what the file system raises
             self.unsaved = f"{self.folder / name} could not be written ({str(error).splitlines()[0]})"
-            self.console.warn(f"{self.unsaved}: older checkpoints are untouched, the training goes on; free some space")
+            self.console.warn(f"{self.unsaved}: older checkpoints are untouched, training continues; free some space")
 
     def save_epoch(self, epoch: int, more: dict) -> None:
         """Writes checkpoint-<epoch>.pth, and removes older ones beyond the number to keep."""
@@ -135,4 +135,4 @@ class Checkpoints:
             CheckpointError: the newest state is not on the disk.
         """
         if self.unsaved:
-            raise CheckpointError(f"{self.unsaved}; free some space and start the same command again")
+            raise CheckpointError(f"{self.unsaved}; free some space and rerun the same command")

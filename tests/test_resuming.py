@@ -232,12 +232,12 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data, straight, tmp_path):
-    """The first checkpoint stays whole, training goes on, and the run says at its end that the last is missing."""
+    """The first checkpoint stays whole, training continues, and the run says at its end that the last is missing."""
     with small_disk(tmp_path) as disk:
         full = run("pretraining", data, disk)
         assert full.returncode == 1
-        assert re.search(r"checkpoint-1\.pth could not be written .*\n?.*the training goes on", full.stderr)
-        assert "free some space and start the same command again" in full.stderr
+        assert re.search(r"checkpoint-1\.pth could not be written .*\n?.*training continues", full.stderr)
+        assert "free some space and rerun the same command" in full.stderr
         assert [p.name for p in disk.glob("*.pth")] == ["checkpoint-0.pth"] and not list(disk.glob(".*.tmp"))
         shutil.copytree(disk, tmp_path / "larger")
     resumed = run("pretraining", data, tmp_path / "larger")
@@ -259,7 +259,7 @@ def test_a_full_disk_costs_entries_of_the_log_and_not_the_run(tmp_path):
             log.scalars(epoch, {"loss": 1.0})
             log.epoch({"epoch": epoch})
             log.picture(epoch, picture)
-        assert len(warned) == len(set(warned)) >= 2 and all("training goes on" in text for text in warned)
+        assert len(warned) == len(set(warned)) >= 2 and all("training continues" in text for text in warned)
         filler.unlink()
         log.scalars(3, {"loss": 1.0})
         log.epoch({"epoch": 3})
@@ -294,7 +294,7 @@ def test_another_batch_size_goes_on_where_the_videos_are(data, tmp_path, monkeyp
         run("pretraining", data, tmp_path)
     resumed = run("pretraining", data, tmp_path, "--batch_size", "1", "--lr", "0.1")
     assert "a step was 1 processes x 2 videos x 1 batches = 2, now it is 1 processes x 1 videos" in resumed.stdout
-    assert "the epoch goes on at its video 6" in resumed.stdout
+    assert "the epoch continues at its video 6" in resumed.stdout
     assert "changed since then: --lr 0.05 -> 0.1" in resumed.stdout
     assert resumed.returncode == 0 and "step 9/18" in resumed.stdout
 
@@ -454,7 +454,7 @@ def test_another_number_of_processes_goes_on_within_the_epoch(data, straight, tm
     )
     assert one.returncode == resumed.returncode == 0, resumed.stderr
     assert "now it is 2 processes x 1 videos x 1 batches = 2" in resumed.stdout
-    assert "the epoch goes on at its video 4" in resumed.stdout
+    assert "the epoch continues at its video 4" in resumed.stdout
     theirs = end_state(tmp_path / "one")["model"]
     for name, value in end_state(tmp_path / "two")["model"].items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=2e-5)

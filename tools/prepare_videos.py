@@ -11,7 +11,7 @@ is smaller, the source's mean frame rate as a constant rate, a key frame at leas
 A file gets its final name only when it is complete and its first, middle and last frame have been read back, so
 a run that was stopped continues where it was. `a.avi` and `a.mp4` in one folder become `a.avi.mp4` and
 `a.mp4.mp4`. A video that can't be read, crashes the decoder or takes longer than --timeout is a line
-`path,reason` in bad_videos.csv in --output. The others go on, and the next run tries it again.
+`path,reason` in bad_videos.csv in --output. The others continue, and the next run tries it again.
 
 Array jobs. --shard 3/16 takes the third of 16 parts of the videos and writes bad_videos-03-of-16.csv. When all
 are done, one run with --lists_only writes the lists.
