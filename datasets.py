@@ -33,6 +33,7 @@ class FrameRule(NamedTuple):
 
     clip: Callable[[Video, int, int, np.random.Generator | None], np.ndarray]
     views: Callable[[Video, int, int, int], np.ndarray]
+    round_up: bool = False  # of the positions of spatial views, see `EvenCrops`
 
 
 # Segments take one frame from each of T equal parts and have no stride. In a video of fewer frames than parts
@@ -57,6 +58,7 @@ FRAME_RULES = {
     "mae_st": FrameRule(
         lambda video, length, stride, rng: rules.mae_st_clip(video.num_frames, length, stride, video.fps, rng),
         lambda video, length, stride, views: rules.mae_st_views(video.num_frames, length, stride, video.fps, views),
+        round_up=True,
     ),
 }
 

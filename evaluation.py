@@ -199,6 +199,7 @@ def confusion_matrix(scores: Scores) -> np.ndarray:
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
+AS_TEXT = {"newline": "", "errors": "surrogateescape"}  # a file name may be any bytes
 TOP = ("class_", "score_")  # columns of predictions.csv for each of the best classes
 
 
@@ -208,20 +209,21 @@ def write_results(folder: Path, scores: Scores, videos: VideoList, class_names: 
     names = class_names or [str(k) for k in range(scores.fused.shape[1])]
     paths = [videos[i].path for i in scores.index.tolist()]
     order = np.argsort(-scores.fused, axis=1, kind="stable")[:, :5]
-    with (folder / "predictions.csv").open("w", newline="") as file:
+    with whole_file(folder / "predictions.csv", "w", **AS_TEXT) as file:
         table = csv.writer(file)
         table.writerow(["video", "label", *(f"{what}{k + 1}" for k in range(order.shape[1]) for what in TOP)])
         for path, label, best, row in zip(paths, scores.label.tolist(), order, scores.fused, strict=True):
             table.writerow([path, label, *(x for k in best for x in (k, f"{row[k]:.6g}"))])
-    np.savez(folder / "scores.npz", videos=np.array(paths), labels=scores.label, scores=scores.fused)
+    with whole_file(folder / "scores.npz") as file:
+        np.savez(file, videos=np.array(paths), labels=scores.label, scores=scores.fused)
     confusion = confusion_matrix(scores)
-    with (folder / "confusion.csv").open("w", newline="") as file:
+    with whole_file(folder / "confusion.csv", "w", **AS_TEXT) as file:
         table = csv.writer(file)
         table.writerow(["true \\ predicted", *names])
         table.writerows([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
     draw_confusion(confusion, names, folder / "confusion.png")
     if scores.bad:
-        with (folder / "unreadable.csv").open("w", newline="") as file:
+        with whole_file(folder / "unreadable.csv", "w", **AS_TEXT) as file:
             csv.writer(file).writerows([("video", "reason"), *(entry[1:] for entry in scores.bad)])
 
 
@@ -241,5 +243,6 @@ def draw_confusion(confusion: np.ndarray, names: list[str], path: Path) -> None:
                 colour = "white" if share > 0.5 else "black"
                 axes.text(column, row, f"{share:.0%}"[:-1], ha="center", va="center", color=colour, size=8)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from clips.isolation import outlive_signals
 from clips.lists import VideoList
 from clips.transforms import ClipTransform, EvenCrops
-from datasets import ClipSettings, DataSet, EvalDataset, TrainDataset
+from datasets import FRAME_RULES, ClipSettings, DataSet, EvalDataset, TrainDataset
 from utils import SettingError
 
 
@@ -175,7 +175,7 @@ def build_finetuning_loaders(
     """
     views = {"val": (None, 1), "test": (data_set.test_segments, data_set.test_crops)}
     evaluation = replace(loading, batch_size=loading.batch_size * 3 // 2)
-    round_up = settings.sampling == "mae_st"
+    round_up = FRAME_RULES[settings.sampling].round_up
     loaders = {}
     for split, videos in splits.items():
         if split == "train":

@@ -90,7 +90,7 @@ def create_optimizer(
     try:
         return create_optimizer_v2(groups, opt=opt, **settings)
     except ValueError as error:
-        raise SettingError(f"--opt {opt} with --lr {lr}: {error}") from error
+        raise SettingError(f"--opt {opt} refuses its settings: {error}") from error
 
 
 def cosine_schedule(

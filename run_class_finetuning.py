@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
@@ -41,7 +41,8 @@ def get_args_parser() -> Flags:
     add = parser.group("model")
     add("--model", default="vit_base_patch16_224", help=", ".join(sorted(CLASSIFIERS)))
     add("--tubelet_size", default=2, type=int, valid=AT_LEAST_ONE, help="frames of a tubelet")
-    add("--input_size", default=None, type=int, help="side of the clip in pixels (default: the model's)")
+    add("--input_size", default=None, type=int, valid=AT_LEAST_ONE,
+        help="side of the clip in pixels (default: the model's)")
     add("--pos_embed", default=None, choices=list(CLASSIFIER_POSITIONS),
         help="positions (default: those that --finetune was trained with, else the model's)")
     add("--drop", default=0.0, type=float, valid=BELOW_ONE, help="dropout after positions, attention and MLP")
@@ -54,7 +55,7 @@ def get_args_parser() -> Flags:
     add("--slot_pooling", action="store_true", help="classify the concatenated means of the time slots")
     add("--use_checkpoint", action="store_true", help="recompute activations: less memory, more time")
     add("--model_ema", action="store_true", help="keep a moving average of the weights, and evaluate it too")
-    add("--model_ema_decay", default=0.9999, type=float, help="decay of the moving average per step")
+    add("--model_ema_decay", default=0.9999, type=float, valid=SHARE, help="decay of the moving average per step")
     add("--model_ema_force_cpu", action="store_true", help="keep the moving average on the CPU")
 
     add = parser.group("initial weights")
@@ -72,13 +73,14 @@ def get_args_parser() -> Flags:
     add("--crop_scale", default=[0.08, 1.0], type=float, nargs=2, help="range of the random crop's area")
     add("--reprob", default=0.25, type=float, valid=SHARE, help="probability of random erasing")
     add("--remode", default="pixel", choices=["pixel", "rand", "const"], help="what fills the erased box")
-    add("--recount", default=1, type=int, valid=AT_LEAST_ONE, help="number of erased boxes")
+    add("--recount", default=1, type=int, valid=AT_LEAST_ONE, help="maximum number of erased boxes")
     add("--mixup", default=0.8, type=float, valid=AT_LEAST_ZERO, help="alpha of Mixup; 0: off")
     add("--cutmix", default=1.0, type=float, valid=AT_LEAST_ZERO, help="alpha of CutMix; 0: off")
     add("--cutmix_minmax", default=None, type=float, nargs=2, help="range of CutMix's box side, instead of alpha")
     add("--mixup_prob", default=1.0, type=float, valid=SHARE, help="probability of Mixup or CutMix")
     add("--mixup_switch_prob", default=0.5, type=float, valid=SHARE, help="probability of CutMix if both are on")
-    add("--mixup_mode", default="batch", choices=["batch", "pair", "elem"], help="what shares one draw")
+    add("--mixup_mode", default="batch", choices=["batch", "pair", "elem"],
+        help="share one draw across the batch, a pair, or nothing")
     add("--save_ckpt", default=True, action="store_true", help="write checkpoints")
     add("--no_save_ckpt", dest="save_ckpt", action="store_false", help="write none, test the last weights")
 
@@ -87,7 +89,7 @@ def get_args_parser() -> Flags:
         help="sets classes, frame rule, flip and views")
     add("--nb_classes", default=None, type=int, help="number of classes (default: the data set's)")
     add("--sampling", default=None, choices=list(FRAME_RULES), help="frame rule (default: the data set's)")
-    add("--flip", default=None, **ON_OFF, help="flip clips horizontally (default: as the data set's)")
+    add("--flip", default=None, **ON_OFF, help="flip clips horizontally (default: the data set's)")
     add("--num_segments", default=1, type=int, valid=AT_LEAST_ONE, help="multiplies --num_frames")
     add("--labels", default=None, neutral=True, help="file of class names, one per line, for the confusion matrix")
 
@@ -96,7 +98,8 @@ def get_args_parser() -> Flags:
     add("--disable_eval_during_finetuning", action="store_true", help="no validation; test the last weights")
     add("--dist_eval", default=True, action="store_true", neutral=True, help="validate and test on all processes")
     add("--no_dist_eval", dest="dist_eval", action="store_false", neutral=True, help="only on the first process")
-    add("--short_side_size", default=None, type=int, help="short side in pixels (default: --input_size)")
+    add("--short_side_size", default=None, type=int, valid=AT_LEAST_ONE,
+        help="short side in pixels (default: --input_size)")
     add("--test_num_segment", default=None, type=int, help="temporal views (default: the data set's)")
     add("--test_num_crop", default=None, type=int, help="spatial views (default: the data set's)")
     add("--random_validation", action="store_true", help="validate on random clips, as published")
@@ -106,7 +109,8 @@ def get_args_parser() -> Flags:
 # fmt: on
 
 
-class Settings(NamedTuple):
+@dataclass
+class Settings:
     """What the flags say, validated: the arguments of `build_classifier`, the data, and the weights to load."""
 
     model: dict
@@ -127,7 +131,7 @@ def check_settings(args: argparse.Namespace) -> Settings:
     for name in ("crop_scale", "cutmix_minmax"):
         low, high = getattr(args, name) or (1, 1)
         if not 0 < low <= high <= 1:
-            raise SettingError(f"--{name} {low} {high} must be two shares above 0 and up to 1 in ascending order")
+            raise SettingError(f"--{name} {low} {high} must be two numbers in ascending order, above 0 and at most 1")
     if not args.data_path:
         raise SettingError("--data_path is missing: a folder of train.csv, val.csv and test.csv (DATASET.md)")
     data_set = resolve_data_set(
@@ -225,11 +229,7 @@ def build_loaders(session: Session, settings: Settings) -> dict[str, DataLoader]
 
 
 def build_model(args: argparse.Namespace, settings: Settings, report: Callable[[str], None]) -> nn.Module:
-    """The classifier or probe with the weights to test or to start from.
-
-    Raises:
-        CheckpointError: they do not fit.
-    """
+    """The classifier or probe with the weights to test or to start from."""
     weights, start = settings.weights, lambda model: None
     if weights and not args.eval:
         start = lambda model: load_classifier_weights(model, weights, report)  # noqa: E731
@@ -297,11 +297,7 @@ def train(
 
 
 def train_and_test(session: Session, settings: Settings) -> int:
-    """Assembles everything, trains unless --eval, and tests; returns the exit status.
-
-    Raises:
-        UserError: see `finetune` and `test`.
-    """
+    """Assembles everything, trains unless --eval, and tests; returns the exit status."""
     args, world, console = session.args, session.world, session.console
     loaders = build_loaders(session, settings)
     seed_all(args.seed)
@@ -309,7 +305,7 @@ def train_and_test(session: Session, settings: Settings) -> int:
     tested = str(settings.weights.path) if args.eval else "the last weights"
     if args.eval:
         check_same_on_all_ranks(tested, model, world)  # before DDP makes them the same
-    settings = settings._replace(weights=None)  # as large as the model
+    settings.weights = None  # as large as the model
     average = {"ema_decay": args.model_ema_decay, "ema_force_cpu": args.model_ema_force_cpu} if args.model_ema else {}
     engine = build_engine(args, model, world, layer_decay=args.layer_decay, **average)
     session.to_close.callback(engine.close)

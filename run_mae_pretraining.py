@@ -1,4 +1,4 @@
-"""Pre-trains AdaMAE or VideoMAE on a list of videos. Flags and assembly only; PRETRAIN.md has the recipes."""
+"""Pre-trains AdaMAE or VideoMAE on a list of videos; PRETRAIN.md has the recipes."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import torch
 from torch.utils.data import DataLoader
 
-from augment import COLOUR_STATISTICS, to_pixels
+from augment import pretraining_colours, to_pixels
 from clips.lists import VideoList, check_readable, read_list
 from clips.transforms import build_pretrain_transform
 from datasets import TrainDataset
@@ -23,7 +23,7 @@ from pictures.reconstruction import PictureSettings
 from runs import watchdog
 from runs.assembly import Session, build_engine, build_run, build_schedule, open_session
 from runs.engine import Engine
-from runs.flags import AT_LEAST_ONE, ON_OFF, POSITIVE, Flags, check_common, common_parser
+from runs.flags import AT_LEAST_ONE, BELOW_ONE, ON_OFF, POSITIVE, Flags, check_common, common_parser
 from runs.program import run_program
 from runs.signals import StopSignals
 from runs.training import TrainingRun
@@ -40,8 +40,9 @@ def get_args_parser() -> Flags:
     add = parser.group("model")
     add("--model", default="pretrain_videomae_base_patch16_224", help=", ".join(sorted(PRETRAIN_MODELS)))
     add("--decoder_depth", default=4, type=int, valid=AT_LEAST_ONE, help="transformer blocks of the decoder")
-    add("--input_size", default=None, type=int, help="side of the clip in pixels (default: the model's)")
-    add("--drop_path", default=0.0, type=float, help="stochastic depth of encoder and decoder")
+    add("--input_size", default=None, type=int, valid=AT_LEAST_ONE,
+        help="side of the clip in pixels (default: the model's)")
+    add("--drop_path", default=0.0, type=float, valid=BELOW_ONE, help="stochastic depth of encoder and decoder")
     add("--use_checkpoint", action="store_true", help="recompute activations: less memory, more time")
     add("--pos_embed", default="sinusoid_1d", choices=list(POSITIONS), help="published code: 1d, paper: 3d")
     add("--attn_init", default="xavier", choices=["xavier", "identity"], help="initialisation of attention")
@@ -51,7 +52,8 @@ def get_args_parser() -> Flags:
     add("--mask_ratio", default=0.95, type=float, help="share of tokens hidden from the encoder")
     add("--sampler", default="mha", choices=["mha", "mlp"], help="network of the adaptive sampler")
     add("--sampler_depth", default=1, type=int, valid=AT_LEAST_ONE, help="transformer blocks of the sampler (mha)")
-    add("--sampler_dim", default=None, type=int, help="width of the sampler (default: the encoder's; mlp: 4 x)")
+    add("--sampler_dim", default=None, type=int, valid=AT_LEAST_ONE,
+        help="width of the sampler (default: the encoder's; mlp: 4 x)")
     add("--sampler_amp", action="store_true", help="run the sampler in mixed precision (default: in float32)")
     add("--sampler_positions", action="store_true", help="give the sampler position-encoded tokens (paper)")
     add("--sampler_detach", action="store_true", help="keep the sampling loss from the tubelet embedding (paper)")
@@ -60,7 +62,7 @@ def get_args_parser() -> Flags:
 
     add = parser.group("target and losses")
     add("--target", default="pixels", choices=list(TARGETS), help="what is reconstructed")
-    add("--normlize_target", "--normalize_target", dest="normalize_target", default=True, **ON_OFF,
+    add("--normalize_target", "--normlize_target", dest="normalize_target", default=True, **ON_OFF,
         help="normalise each token's target by its own mean and deviation")
     add("--loss", default="mse", choices=list(ERRORS), help="reconstruction error of a token")
     add("--sampling_loss", default="log", choices=["log", "linear"],
@@ -140,11 +142,7 @@ def picture_drawer(
 
 
 def train(session: Session, model_settings: dict, videos: VideoList) -> None:
-    """Assembles a run and trains it.
-
-    Raises:
-        UserError: see `build_run` and `pretrain`.
-    """
+    """Assembles a run and trains it."""
     args, world = session.args, session.world
     loader = build_loader(session, videos, model_settings["input_size"])
     seed_all(args.seed)
@@ -157,7 +155,7 @@ def train(session: Session, model_settings: dict, videos: VideoList) -> None:
 
     run = build_run(session, engine, loader.sampler, model_settings=model_settings, videos=videos, num_read=len(videos))
     target = create_target(args.target, patch=model.patch, normalize=args.normalize_target)
-    colours = COLOUR_STATISTICS["imagenet" if args.imagenet_default_mean_and_std else "half"]
+    colours = pretraining_colours(args.imagenet_default_mean_and_std)
     pretrain(
         run,
         engine,

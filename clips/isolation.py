@@ -99,8 +99,6 @@ class ChildTraceback(Exception):
         return f"in the child process:\n{self.args[0]}"
 
 
-# --- in the parent process ----------------------------------------------------------------------------------
-
 _instances: "weakref.WeakSet[Isolated]" = weakref.WeakSet()
 _unreaped: set[int] = set()  # killed, but still busy in the kernel, as when a file server does not answer
 
@@ -192,9 +190,6 @@ os.register_at_fork(after_in_child=_forget_inherited)
 def _view(memory: mmap.mmap, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Returns the tensor at the beginning of the shared memory."""
     return torch.frombuffer(memory, dtype=dtype, count=shape.numel()).view(shape)
-
-
-# --- in the child process -----------------------------------------------------------------------------------
 
 
 def _serve(function: Callable, connection: Connection, memory: mmap.mmap) -> None:

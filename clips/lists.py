@@ -78,7 +78,7 @@ def read_list(list_path: str | Path, data_root: str | Path | None = None) -> Vid
     root = Path(list_path).parent if data_root is None else Path(data_root)
     if not Path(list_path).is_file():
         what = "is a folder" if Path(list_path).is_dir() else "does not exist"
-        raise ListError(f"the list of videos {list_path} {what}: set --data_path to a text file of `path label`")
+        raise ListError(f"the list of videos {list_path} {what}: it must be a text file with one `path label` a line")
     if not root.is_dir():
         raise ListError(f"the folder of the videos {root} does not exist: set --data_root to it")
     rows = []
@@ -117,9 +117,13 @@ def parse_line(line: str) -> tuple[str, int]:
 
 
 def refuse_doubtful_path(path: str) -> None:
-    """Raises ValueError if a path without quotes is probably a path with something wrong after it."""
+    """Refuses a path without quotes that probably is a path with something wrong after it.
+
+    Raises:
+        ValueError: says what to change.
+    """
     if "\0" in path:
-        raise ValueError("this is not text; --data_path takes a list of videos, not a video")
+        raise ValueError("this is not text; give a list of videos, not a video")
     more = GOES_ON_AFTER_VIDEO.search(path)
     if more and not ENDS_AS_VIDEO.search(path):
         raise ValueError(
@@ -176,7 +180,11 @@ def read_splits(
 
 
 def check_labels(videos: VideoList, num_classes: int) -> None:
-    """Raises a ListError, naming the first line at fault, unless every label is one of `num_classes`."""
+    """Checks that every video has a label below `num_classes`.
+
+    Raises:
+        ListError: names the first line at fault.
+    """
     wrong = np.flatnonzero((videos.labels < 0) | (videos.labels >= num_classes))
     if len(wrong) == 0:
         return

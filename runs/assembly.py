@@ -103,11 +103,7 @@ class Session(NamedTuple):
 
 
 def open_session(args: argparse.Namespace, flags: Flags, signals: StopSignals, to_close: ExitStack) -> Session:
-    """Joins the job's other processes, and opens the console and the log.
-
-    Raises:
-        SettingError: see `start_world`.
-    """
+    """Joins the job's other processes, and opens the console and the log."""
     world = start_world(
         args.device,
         args.dist_url,
@@ -125,11 +121,7 @@ def open_session(args: argparse.Namespace, flags: Flags, signals: StopSignals, t
 def build_engine(
     args: argparse.Namespace, model: nn.Module, world: World, *, layer_decay: float | None = None, **settings
 ) -> Engine:
-    """The model with its optimiser and precision; `settings` go to `Engine`.
-
-    Raises:
-        SettingError: an optimiser that does not exist, does not take the flags, or can't be sharded.
-    """
+    """The model with its optimiser and precision; `settings` go to `Engine`."""
     optimizer = create_optimizer(
         model,
         opt=args.opt,
@@ -171,9 +163,6 @@ def build_run(
         videos: of training.
         num_read: number of all videos that are read, of which some may be unreadable.
         save: whether to write checkpoints.
-
-    Raises:
-        CheckpointError: see `resume`.
     """
     args, world, console = session.args, session.world, session.console
     neutral = session.flags.neutral

@@ -10,7 +10,7 @@ from runs.checkpoints import BEST, read_checkpoint
 from runs.console import Console
 from runs.saving import Checkpoints
 from runs.training import TrainingRun
-from utils import broadcast_from_main
+from utils import broadcast_from_main, whole_file
 
 NO_BEST = {"top1": -1.0}
 
@@ -44,11 +44,7 @@ class BestCheckpoint:
             self.value = better  # else the file still holds the old one
 
     def load_into(self, model: nn.Module) -> str:
-        """Loads the best weights into a classifier or probe; returns their file, or "" where none was written.
-
-        Raises:
-            CheckpointError: the file can't be read.
-        """
+        """Loads the best weights into a classifier or probe; returns their file, or "" where none was written."""
         path = self.checkpoints.folder and self.checkpoints.folder / BEST
         if self.value["top1"] < 0 or not path or not path.is_file():
             return ""
@@ -59,10 +55,7 @@ class BestCheckpoint:
 def resume_best(run: TrainingRun, *, resumed_from: str) -> BestCheckpoint:
     """The best so far of a run, as its checkpoint has it if the file is in --output_dir or beside --resume.
 
-    A file beside --resume is copied to --output_dir. Without one the best starts anew.
-
-    Args:
-        resumed_from: the flag --resume.
+    A file beside `resumed_from` (--resume) is copied to --output_dir. Without one the best starts anew.
     """
     value, folder, console = run.kept.get("best", NO_BEST), run.checkpoints.folder, run.console
     if value["top1"] >= 0 and folder is not None:
@@ -81,10 +74,10 @@ def copy_best(best: dict, resumed_from: str, folder: Path, console: Console) -> 
     if not resumed_from or not source.is_file() or read_checkpoint(source).get("best") != best:
         return False
     try:
-        shutil.copyfile(source, target)
+        with source.open("rb") as old, whole_file(target) as new:
+            shutil.copyfileobj(old, new)
     except OSError as error:
         console.warn(f"{target} could not be written ({error})")
-        target.unlink(missing_ok=True)
         return False
     console.say(f"{source}, the best so far, is copied to {folder}")
     return True

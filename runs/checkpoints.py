@@ -65,9 +65,12 @@ def read_checkpoint(path: str | Path) -> dict:
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make torch.load raise any exception
         raise CheckpointError(f"{path}: not a readable checkpoint ({_reason(error)})") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds one {type(state).__name__}, not a dict of weights")
+    return state
 
 
 def _reason(error: Exception) -> str:
@@ -108,7 +111,7 @@ def newest_checkpoint(output_dir: str | Path, report: Callable[[str], None]) -> 
         except CheckpointError as error:
             report(f"{error}; trying an older one")
     if done:
-        advice = "repair or remove them, or start afresh with --no_auto_resume"
+        advice = "repair or remove them, or start over with --no_auto_resume"
         raise CheckpointError(f"none of the checkpoints in {output_dir} can be read: {advice}")
     return None
 

@@ -119,7 +119,7 @@ class DeepSpeedEngine(Engine):
         judged = self.zero is None and not self.scaler.is_enabled()  # ZeRO skips overflows by itself
         self.bad_steps.agree(torch.stack(list(norms.values())).square().sum().sqrt() if judged else None)
         self.forward_model.step()
-        if self.zero is not None:  # it computes the whole norm anyway, and gathering all gradients is dear
+        if self.zero is not None:  # it computes the whole norm anyway, and gathering all gradients is expensive
             total = torch.as_tensor(self.forward_model.get_global_grad_norm(), device=self.device)
             squares = [norm.square() for norm in norms.values()]
             norms["rest"] = (total.square() - sum(squares)).clamp(min=0).sqrt()
@@ -164,9 +164,9 @@ class Autocast(nn.Module):
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
-    """DeepSpeed, set up for this device. It looks at its environment when it is imported, so not earlier."""
+    """DeepSpeed, set up for this device. It reads its environment on import, so not earlier."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # demanded of a lone process too
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # required even for a single process
     try:
         import deepspeed
     except ModuleNotFoundError as error:

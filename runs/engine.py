@@ -148,7 +148,7 @@ class Engine:
         """Drops the distributed wrapper; to be called before the process group is destroyed.
 
         Otherwise the wrapper holds the last reference to the group, and the destructor of gloo's group, which
-        runs with the GIL held, can wait for ever for a thread that needs the GIL.
+        runs with the GIL held, can wait forever for a thread that needs the GIL.
         """
         self.forward_model = self.module
         gc.collect()  # DistributedDataParallel is part of reference cycles

@@ -26,6 +26,7 @@ class Faults:
     steps: BadSteps
     max_bad_steps: int
     console: Console
+    skipped_before: int = 0  # steps, until the last review
 
     def start_epoch(self) -> None:
         self.skipped_before = self.steps.read()[0]
@@ -52,7 +53,7 @@ class Faults:
             self.batches.write()
         self.batches.forget()
         if longest >= self.max_bad_steps:
-            listed = f" (their videos: {self.batches.file})" if self.batches.file else ""
+            listed = f" (videos listed in {self.batches.file})" if self.batches.file else ""
             raise TrainingDiverged(
                 f"the loss was not finite in {longest} steps in a row of epoch {epoch}{listed}; they were "
                 "skipped, the last checkpoint is untouched: lower --lr, set --clip_grad, or use --amp bf16 or off"

@@ -24,6 +24,15 @@ SHARE = Range("must be from 0 to 1", lambda value: 0 <= value <= 1)
 BELOW_ONE = Range("must be from 0 to below 1", lambda value: 0 <= value < 1)
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there is one to show, and where the text does not name it already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, "") or action.const is False or "default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Flags(argparse.ArgumentParser):
     """A parser whose flags also say which values are valid, and whether they matter to what a run computes.
 
@@ -33,7 +42,7 @@ class Flags(argparse.ArgumentParser):
     """
 
     def __init__(self, program: str, description: str):
-        super().__init__(program, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(program, description=description, formatter_class=HelpFormatter)
         self.ranges: dict[str, Range] = {}
         self.neutral: set[str] = set()
 
@@ -88,13 +97,14 @@ def common_parser(program: str, description: str) -> Flags:
     add("--save_ckpt_freq", type=int, valid=AT_LEAST_ONE, neutral=True,
         help="epochs between checkpoints; the last epoch is always saved")
     add("--save_ckpt_minutes", default=15.0, type=float, valid=AT_LEAST_ZERO, neutral=True,
-        help="minutes between writes of checkpoint-last.pth; 0: never")
+        help="minutes between writes of checkpoint-last.pth; 0: only on a stop signal")
     add("--keep_ckpts", default=0, type=int, valid=AT_LEAST_ZERO, neutral=True,
         help="number of epoch checkpoints to keep; 0: all")
     add("--max_bad_steps", default=10, type=int, valid=AT_LEAST_ONE, neutral=True,
         help="steps in a row with a non-finite loss that end the run")
-    add("--seed", default=0, type=int, help="with epoch, step, video and rank it decides everything random")
-    add("--start_epoch", default=0, type=int, neutral=True, help="first epoch of a run that resumes nothing")
+    add("--seed", default=0, type=int, valid=AT_LEAST_ZERO, help="seed of all random numbers")
+    add("--start_epoch", default=0, type=int, valid=AT_LEAST_ZERO, neutral=True,
+         help="first epoch of a run that resumes nothing")
     add("--resume", default="", neutral=True, help="checkpoint to resume")
     add("--auto_resume", default=True, action="store_true", neutral=True,
         help="resume the newest checkpoint in --output_dir")
@@ -104,7 +114,7 @@ def common_parser(program: str, description: str) -> Flags:
     add("--opt", default="adamw", help="any optimiser of timm, by name")
     add("--opt_eps", default=1e-8, type=float, help="epsilon")
     add("--opt_betas", default=None, type=float, nargs="+", help="betas (default: the optimiser's)")
-    add("--clip_grad", default=None, type=float, help="maximum gradient norm (default: no clipping)")
+    add("--clip_grad", default=None, type=float, valid=POSITIVE, help="maximum gradient norm (default: no clipping)")
     add("--momentum", default=0.9, type=float, help="momentum of SGD")
     add("--weight_decay", default=0.05, type=float, help="weight decay")
     add("--weight_decay_end", default=None, type=float,
@@ -121,13 +131,14 @@ def common_parser(program: str, description: str) -> Flags:
 
     add = parser.group("data")
     add("--data_path", default="", help="list of videos, or the folder of three lists (DATASET.md)")
-    add("--data_root", default=None, help="folder of relative paths (default: the list's)")
+    add("--data_root", default=None, help="folder that relative paths start from (default: the list's)")
     add("--decoder", default="auto", choices=["auto", "torchcodec", "decord", "pyav"], help="video decoder")
     add("--num_frames", default=16, type=int, valid=AT_LEAST_ONE, help="frames of a clip")
     add("--sampling_rate", default=4, type=int, valid=AT_LEAST_ONE, help="stride between frames of a clip")
     add("--num_sample", type=int, valid=AT_LEAST_ONE, help="clips per video and decoding (repeated augmentation)")
     add("--train_interpolation", choices=["bilinear", "bicubic"], help="interpolation of training transforms")
-    add("--color_jitter", default=0.0, type=float, help="strength of brightness, contrast and saturation jitter")
+    add("--color_jitter", default=0.0, type=float, valid=AT_LEAST_ZERO,
+        help="strength of brightness, contrast and saturation jitter")
     add("--imagenet_default_mean_and_std", default=True, **ON_OFF, help="false: mean and std of 0.5")
     add("--decode_timeout", default=60.0, type=float, valid=AT_LEAST_ZERO, neutral=True,
         help="seconds to read one video; 0: no limit")

@@ -45,6 +45,8 @@ def start_world(
     """
     if dist_timeout <= 0:
         raise SettingError(f"--dist_timeout {dist_timeout} must be positive (seconds)")
+    if itp and "OMPI_COMM_WORLD_RANK" not in os.environ:
+        raise SettingError("--dist_on_itp: no variables of Open MPI are set; start with mpirun or drop the flag")
     if itp:
         for theirs, ours in (("RANK", "RANK"), ("SIZE", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_RANK")):
             os.environ[ours] = os.environ[f"OMPI_COMM_WORLD_{theirs}"]

@@ -4,6 +4,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from loaders import EpochSampler
 from runs.checkpoints import CheckpointError, newest_checkpoint, read_checkpoint
 from runs.console import Console
@@ -67,10 +69,7 @@ def find_checkpoint(flags: dict, console: Console) -> tuple[Path, dict] | None:
 def load(
     engine: Engine, sampler: EpochSampler, path: Path, state: dict, model_settings: dict
 ) -> tuple[Start, list[str]]:
-    """Loads a checkpoint's content into the engine.
-
-    Returns:
-        Where training starts, and what to say about the position.
+    """Loads a checkpoint's content into the engine; returns where training starts, and what to say about it.
 
     Raises:
         CheckpointError: it is of another model, another optimiser, or no checkpoint of a training run.
@@ -79,10 +78,12 @@ def load(
     try:
         engine.load_state_dict(state)
         epoch, done = state["epoch"] + 1, state.get("batch", 0)
+    except torch.OutOfMemoryError:
+        raise
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} can't be resumed by this run ({error}): start from its weights with "
-            "--finetune, or use another --output_dir"
+            f"{path} can't be resumed by this run ({str(error).splitlines()[0]}): use the flags it was made with, "
+            "another --output_dir, or --no_auto_resume"
         ) from error
     batch, lines = first_batch(done, state.get("layout", {}), layout_of(sampler))
     batch = min(batch, sampler.steps_per_epoch)
@@ -121,10 +122,7 @@ def first_batch(done: int, old: dict[str, int], new: dict[str, int]) -> tuple[in
     """The batch of an epoch to continue at, where `done` batches are done in another layout.
 
     An epoch goes through one order of the videos, of which all processes together take the next ones in each
-    step; so a position in it is found again in any layout, to within a step.
-
-    Returns:
-        The batch, and what to say about it.
+    step; so a position in it is found again in any layout, to within a step. Returns what to say about it, too.
     """
     if not old or old == new:
         return done, []
@@ -170,8 +168,6 @@ def check_same_start(start: Start, output_dir: str, world: World) -> None:
     Raises:
         CheckpointError: names each rank's place.
     """
-    if world.size == 1:
-        return
     places = gather_from_ranks((start.epoch, start.batch))
     if len(set(places)) > 1:
         listed = ", ".join(f"rank {rank} at epoch {e}, batch {b}" for rank, (e, b) in enumerate(places))

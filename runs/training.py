@@ -1,7 +1,7 @@
 """One training run as it goes: the loops report to it, and it logs, records faults, saves, and stops."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -46,6 +46,9 @@ class TrainingRun:
     faults: Faults
     log_freq: int = 20
     save_freq: int = 1
+    epoch: int = field(init=False)  # this and the next two: set by `start_epoch`
+    statistics: EpochStatistics = field(init=False)
+    _idle_since: float = field(init=False)  # when the last batch was done
 
     def __post_init__(self):
         self.kept = {name: value for name, value in self.resumed.state.items() if name != "progress"}
@@ -157,10 +160,6 @@ class TrainingRun:
             self.checkpoints.save_epoch(self.epoch, self.kept)
 
     def finish(self) -> None:
-        """Closes the console.
-
-        Raises:
-            CheckpointError: the end state could not be written.
-        """
+        """Closes the console; see `Checkpoints.finish`."""
         self.console.close()
         self.checkpoints.finish()

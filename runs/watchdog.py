@@ -57,7 +57,7 @@ class Peer:
 
     def __str__(self) -> str:
         if self.sign is None:
-            return f"rank {self.rank}, which sent no heartbeat,"
+            return f"rank {self.rank}, which never joined the watch,"
         return f"rank {self.rank} on host {self.sign.host}"
 
 
@@ -76,7 +76,7 @@ def find_gone(peers: list[Peer], *, timeout: float, now: float) -> Fault | None:
     """
     silent = [p for p in peers if p.runs and now - p.heard > timeout]
     if silent:
-        words = [f"{p} has not been heard of for {now - p.heard:.0f} s{_last_at(p)}" for p in silent]
+        words = [f"{p} has sent no heartbeat for {now - p.heard:.0f} s{_last_at(p)}" for p in silent]
         return Fault([p.rank for p in silent], f"{_listed(words)}: dead, frozen or cut off")
     failed = [p for p in peers if not p.runs and p.sign.state != "done" and now - p.changed > FAILED_GRACE]
     if failed:
@@ -94,7 +94,7 @@ def find_hung(peers: list[Peer], *, timeout: float, now: float) -> Fault | None:
     last = [p for p in running if p.sign.position == behind]
     if not last or any(now - p.moved <= timeout for p in last):
         return None
-    words = [f"{p} hangs, for {now - p.moved:.0f} s{_last_at(p)}" for p in last]
+    words = [f"{p} has hung for {now - p.moved:.0f} s{_last_at(p)}" for p in last]
     return Fault([p.rank for p in last], _listed(words))
 
 
@@ -171,9 +171,9 @@ class Watchdog:
                 self.leave(fault)
 
     def leave(self, fault: Fault) -> None:
-        """Ends this process, whose main thread may wait for ever. A rank at fault prints where it hangs."""
+        """Ends this process, whose main thread may wait forever. A rank at fault prints where it hangs."""
         if self.rank in fault.ranks:
-            self.say(f"{fault.reason}; here it is:")
+            self.say(f"{fault.reason}; its stack:")
             faulthandler.dump_traceback(file=sys.__stderr__)
         os._exit(1)
 
@@ -189,7 +189,7 @@ class Watchdog:
             time.sleep(3 * self.interval)
             self.read(peers)
         except RuntimeError:
-            return f"{self.peers[0] if self.rank else 'the launcher'} can't be reached any more"
+            return f"{self.peers[0] if self.rank else 'the launcher'} is no longer reachable"
         gone = [p for p in peers if p.runs and p.heard < start]
         return _listed([f"{p} is gone{_last_at(p)}" for p in gone])
 

@@ -51,13 +51,13 @@ def test_nobody_is_named_while_all_go_on_or_are_done():
 def test_a_silent_rank_is_named_with_its_host():
     ranks, reason = gone(peer(0, moved=70), peer(1, heard=61, moved=70))
     assert ranks == [1]
-    assert reason.startswith("rank 1 on host node1 has not been heard of for 61 s (last heartbeat: batch 5)")
+    assert reason.startswith("rank 1 on host node1 has sent no heartbeat for 61 s (last heartbeat: batch 5)")
 
 
 def test_a_rank_that_stands_still_is_named_when_the_others_wait_for_it():
     waiting = [peer(r, position=(2, 0), moved=61) for r in (0, 1, 3)]
     late = peer(2, position=(1, 9), moved=62)
-    assert hung(*waiting, late) == ([2], "rank 2 on host node2 hangs, for 62 s (last heartbeat: batch 9)")
+    assert hung(*waiting, late) == ([2], "rank 2 on host node2 has hung for 62 s (last heartbeat: batch 9)")
     assert hung(*waiting, peer(2, position=(2, 0), moved=61)).ranks == [0, 1, 3, 2]
 
 
@@ -76,7 +76,7 @@ def test_a_failed_rank_ends_the_others_after_a_while():
 def test_a_rank_that_never_came_is_named():
     late = Peer(1)
     late.heard = 930
-    assert gone(peer(0), late).reason.startswith("rank 1, which sent no heartbeat, has not been heard of")
+    assert gone(peer(0), late).reason.startswith("rank 1, which never joined the watch, has sent no heartbeat")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_two_tasks_of_srun_end_well_though_one_ends_long_before_the_other(forks,
 def test_a_rank_that_dies_is_named_at_once(forks, tmp_path, victim):
     statuses, stderr, seconds = run_small_loop(forks, tmp_path, "die", victim)
     assert sorted(statuses) == [-signal.SIGKILL, 1]
-    named = "can't be reached any more" if victim == 0 else r"is gone \(last heartbeat: batch \d\)"
+    named = "is no longer reachable" if victim == 0 else r"is gone \(last heartbeat: batch \d\)"
     assert re.search(rf"rank {1 - victim} on host {HOST}: .*; rank {victim} on host {HOST} {named}", stderr), stderr
     assert seconds < 3 * TIMEOUT
 
@@ -147,7 +147,7 @@ def test_a_rank_that_dies_is_named_at_once(forks, tmp_path, victim):
 def test_a_frozen_rank_is_named_in_time_also_when_it_holds_the_store(forks, tmp_path):
     statuses, stderr, seconds = run_small_loop(forks, tmp_path, "freeze", victim=0)
     assert statuses == [None, 1]
-    assert f"rank 1 on host {HOST}: rank 0 on host {HOST} has not been heard of for" in stderr
+    assert f"rank 1 on host {HOST}: rank 0 on host {HOST} has sent no heartbeat for" in stderr
     assert f"the run ends (--dist_timeout {TIMEOUT:g})" in stderr
     assert TIMEOUT <= seconds < 3 * TIMEOUT
 
@@ -157,7 +157,7 @@ def test_a_rank_whose_loop_hangs_is_named_in_time_and_shows_where(forks, tmp_pat
     statuses, stderr, seconds = run_small_loop(forks, tmp_path, "hang", victim)
     assert statuses == [1, 1]
     assert re.search(
-        rf"rank 0 on host {HOST}: rank {victim} on host {HOST} hangs, for \d+ s \(last heartbeat: batch 9\); ", stderr
+        rf"rank 0 on host {HOST}: rank {victim} on host {HOST} has hung for \d+ s \(last heartbeat: batch 9\); ", stderr
     )
     assert f"rank {1 - victim} on host {HOST} hangs" not in stderr
     assert re.search(rf'small_loop.py", line {line_of("time.sleep(60)")} in get_into', stderr)
@@ -282,4 +282,4 @@ def test_tasks_of_srun_end_when_one_freezes(flags, start):
     assert ranks[0].process.wait(60) == 1
     assert 6 <= time.monotonic() - began < 18
     assert "2 processes x 1 videos" in ranks[0].output
-    assert f"rank 1 on host {HOST} has not been heard of for" in ranks[0].output
+    assert f"rank 1 on host {HOST} has sent no heartbeat for" in ranks[0].output

@@ -20,19 +20,21 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool3d
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from augment import normalize, to_pixels
+from augment import Colours, normalize, pretraining_colours, to_pixels
 from clips.frame_indices import pretrain_indices
 from clips.lists import read_list
 from clips.video import open_video
 from masking_generator import MaskingGenerator
 from runs.checkpoints import epoch_checkpoints
 from targets import Target, trained_target
-from utils import whole_file
+from tools.demo_table import named_folders
+from utils import SettingError, UserError, whole_file
 from weights.names import load_weights
 from weights.pretraining import load_pretrain_model
 
@@ -56,7 +58,7 @@ def load_clips(list_path: Path, num_frames: int, sampling_rate: int, size: int, 
     return torch.stack(clips), torch.stack(shares)
 
 
-def sum_over_masks(model, target: Target, pixels: torch.Tensor, masking: MaskingGenerator) -> torch.Tensor:
+def sum_over_masks(model, target: Target, colours: Colours, pixels: Tensor, masking: MaskingGenerator) -> Tensor:
     """Runs NUM_MASKS random masks of clips (n,3,T,H,W) in [0,1], and as many of the sampler's own.
 
     Returns:
@@ -67,13 +69,13 @@ def sum_over_masks(model, target: Target, pixels: torch.Tensor, masking: Masking
     sums = torch.zeros(5, len(pixels), masking.num_tokens)
     error, zero, times, own, probs = sums
     for _ in range(NUM_MASKS):
-        out = model(normalize(pixels), masking(times).visible)  # random masks take only the shape
+        out = model(normalize(pixels, *colours), masking(times).visible)  # random masks take only the shape
         truth = target(pixels, out.masked)
         error.scatter_add_(1, out.masked, target.error(out.prediction, truth))
         zero.scatter_add_(1, out.masked, target.error(torch.zeros_like(out.prediction), truth))
         times.scatter_add_(1, out.masked, torch.ones(out.masked.shape))
         if out.log_probs is not None:
-            out = model(normalize(pixels))
+            out = model(normalize(pixels, *colours))
             own.scatter_add_(1, out.masked, target.error(out.prediction, target(pixels, out.masked)))
             probs.copy_(out.log_probs.exp())
     return sums
@@ -81,7 +83,7 @@ def sum_over_masks(model, target: Target, pixels: torch.Tensor, masking: Masking
 
 @torch.no_grad()
 def judge(
-    model, target: Target, clips: torch.Tensor, shares: torch.Tensor, ratio: float, batch_size: int = 50
+    model, target: Target, colours: Colours, clips: Tensor, shares: Tensor, ratio: float, batch_size: int = 50
 ) -> dict[str, float]:
     """The statistics of one model; every model gets the same random masks, which hide `ratio` of the tokens.
 
@@ -89,7 +91,7 @@ def judge(
     """
     masking = MaskingGenerator(mask_type="random", mask_ratio=ratio, window=model.window)
     torch.manual_seed(0)
-    parts = [sum_over_masks(model, target, to_pixels(part), masking) for part in clips.split(batch_size)]
+    parts = [sum_over_masks(model, target, colours, to_pixels(part), masking) for part in clips.split(batch_size)]
     error, zero, times, own, probs = torch.cat(parts, dim=1)  # (n,N) each
     foreground = shares >= FOREGROUND
     result = {
@@ -109,11 +111,11 @@ def judge(
     return result
 
 
-def ratio_of(total: torch.Tensor, times: torch.Tensor) -> float:
+def ratio_of(total: Tensor, times: Tensor) -> float:
     return (total.sum() / times.sum()).item()
 
 
-def mass_over_uniform(weight: torch.Tensor, shares: torch.Tensor) -> float:
+def mass_over_uniform(weight: Tensor, shares: Tensor) -> float:
     """How much of a distribution over tokens lies on the foreground, relative to the uniform one: the clips' mean.
 
     `weight` (n,N) is the distribution, not yet normalised; `shares` (n,N) are the foreground's shares of the tokens.
@@ -166,30 +168,43 @@ def draw_foreground(axes: plt.Axes, adaptive: dict) -> None:
     )
 
 
+def report_on(folders: dict[str, Path], data: Path, output: Path) -> None:
+    """Judges the newest model in each folder; writes report.json and report.png.
+
+    Raises:
+        SettingError: a folder has no checkpoint of an epoch.
+    """
+    report, curves = {}, {}
+    for name, folder in folders.items():
+        if not (checkpoints := epoch_checkpoints(folder)):
+            raise SettingError(f"{folder} has no checkpoint-<epoch>.pth")
+        found = load_weights(checkpoints[0])
+        model, flags = load_pretrain_model(found), found.flags
+        target = trained_target(found.settings, flags, patch=model.patch)
+        colours = pretraining_colours(flags.get("imagenet_default_mean_and_std", True))
+        size = model.window[1] * model.patch
+        clips, shares = load_clips(data, flags["num_frames"], flags["sampling_rate"], size, model.window)
+        report[name] = judge(model, target, colours, clips, shares, flags["mask_ratio"])
+        curves[name] = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+        report[name]["seconds"] = sum(epoch["seconds"] for epoch in curves[name])
+        print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in report[name].items()))
+    output.mkdir(parents=True, exist_ok=True)
+    with whole_file(output / "report.json", "w") as file:
+        file.write(json.dumps(report, indent=1) + "\n")
+    draw(report, curves, output / "report.png")
+    print(f"wrote {output / 'report.json'} and {output / 'report.png'}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="list of held-out demo videos")
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=FOLDER", help="output folders")
     parser.add_argument("--output", type=Path, required=True, help="folder of report.json and report.png")
     args = parser.parse_args()
-
-    report, curves = {}, {}
-    for name, folder in (entry.split("=", 1) for entry in args.models):
-        checkpoint = epoch_checkpoints(folder)[0]
-        found = load_weights(checkpoint)
-        model, flags = load_pretrain_model(found), found.flags
-        target = trained_target(found.settings, flags, patch=model.patch)
-        size = model.window[1] * model.patch
-        clips, shares = load_clips(args.data, flags["num_frames"], flags["sampling_rate"], size, model.window)
-        report[name] = judge(model, target, clips, shares, flags["mask_ratio"])
-        curves[name] = [json.loads(line) for line in (Path(folder) / "log.txt").read_text().splitlines()]
-        report[name]["seconds"] = sum(epoch["seconds"] for epoch in curves[name])
-        print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in report[name].items()))
-    args.output.mkdir(parents=True, exist_ok=True)
-    with whole_file(args.output / "report.json", "w") as file:
-        file.write(json.dumps(report, indent=1) + "\n")
-    draw(report, curves, args.output / "report.png")
-    print(f"wrote {args.output / 'report.json'} and {args.output / 'report.png'}")
+    try:
+        report_on(named_folders(args.models), args.data, args.output)
+    except (UserError, OSError) as error:
+        raise SystemExit(f"demo_report.py: error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
 from runs.checkpoints import epoch_checkpoints, read_checkpoint
-from utils import SettingError, UserError
+from utils import SettingError, UserError, whole_file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -120,10 +120,26 @@ def compare(folders: dict[str, Path], output: Path) -> None:
         for name, folder in folders.items()
     }
     output.mkdir(parents=True, exist_ok=True)
-    (output / "finetuning.md").write_text(table(report))
-    (output / "finetuning.json").write_text(json.dumps(report, indent=1) + "\n")
+    for name, text in (("finetuning.md", table(report)), ("finetuning.json", json.dumps(report, indent=1) + "\n")):
+        with whole_file(output / name, "w") as file:
+            file.write(text)
     draw(report, folders, output / "finetuning.png")
     print(table(report), end="")
+
+
+def named_folders(entries: list[str]) -> dict[str, Path]:
+    """NAME=FOLDER, ... -> folders by name.
+
+    Raises:
+        SettingError: an entry has no "=", or there is no such folder.
+    """
+    folders = {}
+    for entry in entries:
+        name, _, folder = entry.partition("=")
+        if not Path(folder or entry).is_dir() or not folder:
+            raise SettingError(f"{entry!r} is not NAME=FOLDER with the output folder of a run")
+        folders[name] = Path(folder)
+    return folders
 
 
 def main() -> None:
@@ -133,9 +149,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the table and the plot")
     args = parser.parse_args()
-    folders = {name: Path(folder) for name, folder in (entry.split("=", 1) for entry in args.runs)}
     try:
-        compare(folders, args.output)
+        compare(named_folders(args.runs), args.output)
     except (UserError, OSError) as error:
         raise SystemExit(f"demo_table.py: error: {error}") from error
 

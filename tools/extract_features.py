@@ -1,4 +1,4 @@
-"""Extract features of videos with a pre-trained or fine-tuned model.
+"""Extracts features of videos with a pre-trained or fine-tuned model.
 
     python tools/extract_features.py --model output/checkpoint-799.pth --output features folder
     python tools/extract_features.py --model output/checkpoint-799.pth --output features --window 16 video.mp4

@@ -1,4 +1,4 @@
-"""Predict the classes of videos with a fine-tuned model.
+"""Predicts the classes of videos with a fine-tuned model.
 
     python tools/predict.py --model output/checkpoint-best.pth video.mp4 --labels labels.txt
     python tools/predict.py --model output/checkpoint-best.pth folder --json predictions.json

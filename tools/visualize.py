@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
-from augment import COLOUR_STATISTICS, to_pixels
+from augment import pretraining_colours, to_pixels
 from clips.decoders import resolve_decoder
 from clips.frame_indices import pretrain_clip
 from clips.lists import read_list
@@ -85,9 +85,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def read_training(settings: dict, flags: dict, *, patch: int) -> tuple[PictureSettings, int]:
     """What pictures must know of a model's training, and its sampling rate; missing flags get published defaults."""
-    statistics = "imagenet" if flags.get("imagenet_default_mean_and_std", True) else "half"
+    colours = pretraining_colours(flags.get("imagenet_default_mean_and_std", True))
     target = trained_target(settings, flags, patch=patch)
-    shown = PictureSettings(target=target, normalization=COLOUR_STATISTICS[statistics])
+    shown = PictureSettings(target=target, normalization=colours)
     return shown, flags.get("sampling_rate", 4)
 
 

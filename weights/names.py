@@ -73,8 +73,6 @@ def load_weights(path: str | Path, *, model_key: str = "model|module", prefix: s
     """
     file = weights_file(path)
     state = read_checkpoint(file)
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{file}: holds one {type(state).__name__}, not a dict of weights")
     keys = [*model_key.split("|"), "model_state"]
     found = next((state[key] for key in keys if key in state), state)
     found = {k: v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, dict) else {}

@@ -96,7 +96,7 @@ class TrainedClips(NamedTuple):
 
     def make_crops(self, num_crops: int) -> EvenCrops:
         """Returns the spatial views of a test, as `build_finetuning_loaders` makes them."""
-        round_up = self.sampling == "mae_st"
+        round_up = FRAME_RULES[self.sampling].round_up
         return EvenCrops(short_side=self.short_side, size=self.input_size, num_crops=num_crops, round_up=round_up)
 
 
