@@ -78,7 +78,8 @@ def read_list(list_path: str | Path, data_root: str | Path | None = None) -> Vid
     root = Path(list_path).parent if data_root is None else Path(data_root)
     if not Path(list_path).is_file():
         what = "is a folder" if Path(list_path).is_dir() else "does not exist"
-        raise ListError(f"the list of videos {list_path} {what}: it must be a text file with one `path label` a line")
+        flag = "--data_path, or the flag that names it,"
+        raise ListError(f"the list of videos {list_path} {what}: set {flag} to a text file of `path label`")
     if not root.is_dir():
         raise ListError(f"the folder of the videos {root} does not exist: set --data_root to it")
     rows = []
