@@ -142,5 +142,5 @@ class BatchAugmentation(NamedTuple):
     mixup: ClipMixup
 
     def __call__(self, clips: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """uint8 (B,C,T,H,W), int64 (B) -> float32 (B,C,T,H,W), soft targets float (B,K)."""
+        """uint8 (B,C,T,H,W), int64 (B,) -> float32 (B,C,T,H,W), soft targets float (B,K)."""
         return self.mixup(self.erasing(normalize(to_pixels(clips), *self.colours), rng), labels, rng)

@@ -35,7 +35,7 @@ def finetune(
     """Trains and validates the epochs that are left of a run, and keeps the best checkpoint.
 
     Args:
-        loaders: "train", with batches of `clips` uint8 (B,3,T,H,W), `label` int64 (B), `index` and `bad`; and
+        loaders: "train", with batches of `clips` uint8 (B,3,T,H,W), `label` int64 (B,), `index` and `bad`; and
             "val" unless there is no validation.
         schedule: optimiser step -> (learning rate, weight decay).
         seed: with the batch's number and the rank it decides augmentation and dropout.
@@ -87,7 +87,7 @@ def finetune_one_epoch(
         # batch
         rng = np.random.default_rng([seed, number, run.world.rank])
         clips = batch["clips"].to(engine.device, non_blocking=True)  # (B,3,T,H,W) uint8
-        labels = batch["label"].to(engine.device, non_blocking=True)  # (B)
+        labels = batch["label"].to(engine.device, non_blocking=True)  # (B,)
         clips, targets = augmentation(clips, labels, rng)  # (B,3,T,H,W) float32, (B,K)
 
         # forward and loss
@@ -140,7 +140,7 @@ def validate(
         if not len(batch["label"]):
             continue
         clips = batch["clips"].flatten(0, 1).to(engine.device, non_blocking=True)  # (n,3,T,H,W) one view a video
-        labels = batch["label"].to(engine.device, non_blocking=True)  # (n)
+        labels = batch["label"].to(engine.device, non_blocking=True)  # (n,)
         logits = engine.evaluate(normalize(to_pixels(clips), *colours), ema=ema).float()  # (n,K)
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (n,5)
         hits &= logits.isfinite().all(1, keepdim=True)  # topk of NaN returns arbitrary classes

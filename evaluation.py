@@ -32,8 +32,8 @@ FUSIONS = ("softmax", "logits")
 class Scores(NamedTuple):
     """The scores of n videos; the arrays are on the host."""
 
-    index: np.ndarray  # int64 (n), the video's place in its list
-    label: np.ndarray  # int64 (n)
+    index: np.ndarray  # int64 (n,), the video's place in its list
+    label: np.ndarray  # int64 (n,)
     fused: np.ndarray  # float32 (n,K), the mean over the views
     view_hits: np.ndarray  # int64 (n,2), how many of the views are right in their top 1 and top 5
     num_views: int
@@ -135,7 +135,7 @@ def empty_scores(num_classes: int) -> list[np.ndarray]:
 
 
 def fuse_views(logits: Tensor, labels: Tensor, fusion: str) -> tuple[Tensor, Tensor]:
-    """Fuses the views of each video: logits (n,V,K), labels (n) -> scores (n,K) float32, view hits (n,2) int64.
+    """Fuses the views of each video: logits (n,V,K), labels (n,) -> scores (n,K) float32, view hits (n,2) int64.
 
     A view with non-finite scores is never right, and makes its video's scores non-finite.
 
@@ -160,7 +160,7 @@ def merge_ranks(scores: Scores) -> Scores:
 
 
 def is_finite(scores: Scores) -> np.ndarray:
-    """Which videos have finite scores: bool (n)."""
+    """Which videos have finite scores: bool (n,)."""
     return np.isfinite(scores.fused).all(1)
 
 
