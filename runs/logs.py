@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from utils import whole_file
+
 
 class RunLog:
     """log.txt (one JSON object per epoch) in `output_dir`, TensorBoard in `log_dir`; '' switches either off.
@@ -36,7 +38,8 @@ class RunLog:
         if self.output_dir is not None:
             with self._unless_disk_fails(self.output_dir / "pictures"):
                 (self.output_dir / "pictures").mkdir(exist_ok=True)
-                Image.fromarray(picture).save(self.output_dir / "pictures" / f"epoch-{epoch:04d}.png")
+                with whole_file(self.output_dir / "pictures" / f"epoch-{epoch:04d}.png") as file:
+                    Image.fromarray(picture).save(file, "png")
 
     def epoch(self, values: dict) -> None:
         if self.output_dir is not None:

@@ -106,7 +106,8 @@ def draw(report: dict[str, dict], folders: dict[str, Path], path: Path) -> None:
         axes.set_yticks(range(len(names)), names if axes is others[0] else [], fontsize=8)
         axes.set(title=name, xlabel="predicted", ylabel="true" if axes is others[0] else "")
     figure.colorbar(image, ax=others, label="share of the true class", shrink=0.8)
-    figure.savefig(path, dpi=110)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=110)
     plt.close(figure)
 
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
 from runs.checkpoints import CheckpointError, newest_checkpoint, read_checkpoint
+from utils import whole_file
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, BATCH, VIDEOS = 30, 4, 48
@@ -160,7 +161,8 @@ def run(args: argparse.Namespace) -> bool:
         "identical": not different,
         "met": met,
     }
-    (args.output / f"{args.program}.json").write_text(json.dumps(result, indent=1) + "\n")
+    with whole_file(args.output / f"{args.program}.json", "w") as file:
+        file.write(json.dumps(result, indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "met"}, indent=1))
     return not different
 
