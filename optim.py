@@ -153,10 +153,7 @@ class BadSteps:
         self.longest = torch.maximum(self.longest, self.in_row)
 
     def read(self) -> tuple[int, int, int]:
-        """Skipped steps: in all, in a row until now, in the longest row since the last call; equal on all ranks.
-
-        Only this call waits for the device.
-        """
+        """Skipped steps in all, in a row until now, in the longest row since the last call; waits for the device."""
         total, in_row, longest = torch.stack([self.total, self.in_row, self.longest]).tolist()
         self.longest = self.in_row
         return int(total), int(in_row), int(longest)

@@ -15,16 +15,12 @@ class TrainingDiverged(UserError, FloatingPointError):
 
 @dataclass
 class Faults:
-    """Counts and records faults as they come; `review` ends the run where there are too many.
-
-    Args:
-        max_bad_steps: number of skipped steps in a row that ends the run.
-    """
+    """Counts and records faults as they come; `review` ends the run where there are too many."""
 
     videos: BadVideos
     batches: BadBatches
     steps: BadSteps
-    max_bad_steps: int
+    max_bad_steps: int  # skipped steps in a row that end the run
     console: Console
     skipped_before: int = 0  # steps, until the last review
 
