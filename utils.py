@@ -41,6 +41,11 @@ def choose_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and (
+            count := torch.cuda.device_count()
+        ):  # else a job of many GPUs trains on the CPU unnoticed
+            advice = "update the NVIDIA driver, install a torch built for it, or choose --device cpu"
+            raise SettingError(f"--device auto: {count} GPUs that the installed torch can't use: {advice}")
     try:
         device = torch.device(name)
         if device.type != "cuda":

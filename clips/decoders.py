@@ -126,7 +126,7 @@ class Decord:
         self.reader = None
 
 
-DECODERS = {"torchcodec": TorchCodec, "decord": Decord, "pyav": PyAV}  # "auto" tries them in this order
+DECODERS = {"pyav": PyAV, "torchcodec": TorchCodec, "decord": Decord}  # "auto" tries them in this order
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from runs.console import Console, readable_time
 from runs.meters import Meters
 from runs.processes import start_world, unused_part
-from utils import World, seed_all
+from utils import SettingError, World, choose_device, seed_all
 
 CPU = torch.device("cpu")
 
@@ -67,6 +67,14 @@ def test_one_process_alone(monkeypatch):
 def test_cuda_that_is_not_there_is_an_error():
     with pytest.raises(ValueError, match="--device cuda"):
         start_world("cuda")
+
+
+def test_gpus_that_torch_cannot_use_are_an_error_and_not_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(SettingError, match=r"8 GPUs that the installed torch can't use.*--device cpu"):
+        choose_device("auto")
+    assert choose_device("cpu") == CPU
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:00:05"), (3725, "1:02:05"), (90061, "1 d 1:01:01")])

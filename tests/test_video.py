@@ -213,18 +213,18 @@ def without(monkeypatch):
 
 def test_auto_takes_the_first_decoder_that_loads(without):
     without()
-    assert resolve_decoder("pyav") == "pyav"
+    assert resolve_decoder("auto") == resolve_decoder("pyav") == "pyav"
+    without("pyav")
+    assert resolve_decoder("auto") in ("torchcodec", "decord")
     without("torchcodec")
-    assert resolve_decoder("auto") in ("decord", "pyav")
-    without("decord")
-    assert resolve_decoder("auto") == "pyav"
+    assert resolve_decoder("auto") == "decord"
 
 
 def test_a_decoder_asked_for_by_name_must_load(without):
     without("torchcodec")
     with pytest.raises(SettingError, match=r"torchcodec can't be used here \(no such library\): install"):
         resolve_decoder("torchcodec")
-    with pytest.raises(SettingError, match="--decoder opencv: choose one of auto, torchcodec, decord, pyav"):
+    with pytest.raises(SettingError, match="--decoder opencv: choose one of auto, pyav, torchcodec, decord"):
         resolve_decoder("opencv")
 
 
