@@ -40,7 +40,6 @@ class BadBatches:
         self.batches = []
 
     def forget(self) -> None:
-        """Drops the closed steps."""
         self.steps = []
 
     def write(self) -> None:

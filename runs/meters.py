@@ -48,13 +48,11 @@ class Meters:
 class EpochStatistics:
     """Means, durations and counts of one epoch, read from the device once per interval.
 
-    Args:
-        world_size: number of processes, each of which adds its own clips.
-        state: of an earlier `state_dict`, for an epoch that is resumed midway.
+    An epoch that is resumed midway starts from the `state` of an earlier `state_dict`.
     """
 
-    def __init__(self, device: torch.device, world_size: int, state: dict | None = None):
-        self.meters, self.world_size = Meters(device), world_size
+    def __init__(self, device: torch.device, state: dict | None = None):
+        self.meters = Meters(device)
         state = state or {"totals": {}, "count": 0, "replaced": 0, "skipped": 0, "seconds": 0.0}
         self.totals = dict(state["totals"])  # sums over the epoch's steps of all ranks
         self.count, self.replaced, self.skipped = state["count"], state["replaced"], state["skipped"]

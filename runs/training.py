@@ -64,7 +64,7 @@ class TrainingRun:
         if epoch == self.resumed.epoch:
             first_batch, progress = self.resumed.batch, self.resumed.state.get("progress")
         self.sampler.set_epoch(epoch, first_batch)
-        self.statistics = EpochStatistics(self.world.device, self.world.size, progress)
+        self.statistics = EpochStatistics(self.world.device, progress)
         self.faults.start_epoch()
         self._idle_since = time.perf_counter()
         return first_batch
