@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from videos import BROKEN, KINDS, read_numbers, write_broken, write_kind, write_video
+from videos import BROKEN, KINDS, read_numbers, write_broken, write_kind, write_list, write_video, write_videos
 
 import datasets
 from clips.decoders import DECODERS, resolve_decoder
@@ -22,17 +22,11 @@ FRAMES, RATE = 4, 3  # a clip spans 12 of the 30 frames
 TRANSFORM = build_pretrain_transform("random_resized", size=16)
 
 
-def write_list(path, *lines):
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Nine small videos of different lengths."""
     folder = tmp_path_factory.mktemp("videos")
-    for k in range(9):
-        write_video(folder / f"{k}.mp4", 30 + k)
+    write_videos(folder, range(30, 39))
     return folder
 
 

@@ -16,7 +16,7 @@ import torch
 from golden import ROOT
 from small_loop import TIMEOUT, small_loop
 from test_run_pretraining import SMALL_RUN
-from videos import write_video
+from videos import write_list, write_videos
 
 from runs.processes import first_slurm_host, start_world
 from runs.watchdog import Fault, Peer, Sign, find_gone, find_hung
@@ -191,9 +191,8 @@ def test_processes_that_do_not_meet_say_so(monkeypatch):
 def flags(tmp_path_factory) -> list[str]:
     """The program on 24 small videos: twelve steps an epoch with two ranks."""
     folder = tmp_path_factory.mktemp("data")
-    for i in range(4):
-        write_video(folder / f"{i}.mp4", 20 + i, size=(40, 48))
-    (folder / "list.csv").write_text("".join(f"{i % 4}.mp4 0\n" for i in range(24)))
+    names = write_videos(folder, range(20, 24), size=(40, 48))
+    write_list(folder / "list.csv", *(f"{name} 0" for name in 6 * names))
     return [str(ROOT / "run_mae_pretraining.py"), *SMALL_RUN, "--batch_size", "1", "--data_path", f"{folder}/list.csv"]
 
 

@@ -9,7 +9,7 @@ from einops import reduce
 from PIL import Image
 from programs import start
 from torch.nn.functional import cross_entropy
-from videos import write_video
+from videos import write_list, write_videos
 
 from masking_generator import RULES, Rule, draw_evenly, floor_masked
 from modeling_pretrain import create_pretrain_model
@@ -73,10 +73,8 @@ def registered(monkeypatch):
 def videos(tmp_path_factory):
     """A list of three small videos."""
     folder = tmp_path_factory.mktemp("videos")
-    for i in range(3):
-        write_video(folder / f"{i}.mp4", 20 + i, size=(40, 48))
-    (folder / "list.csv").write_text("".join(f"{i}.mp4 0\n" for i in range(3)))
-    return folder / "list.csv"
+    names = write_videos(folder, range(20, 23), size=(40, 48))
+    return write_list(folder / "list.csv", *(f"{name} 0" for name in names))
 
 
 @pytest.mark.parametrize("mask_type", ["first_half", "adaptive"])

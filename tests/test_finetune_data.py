@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from golden import needs_golden
-from videos import read_numbers, write_video
+from videos import read_numbers, write_list, write_video, write_videos
 
 import datasets
 from clips.finetune_transforms import build_finetune_transform
@@ -21,19 +21,13 @@ TRANSFORM = build_finetune_transform(size=16, flip=True)
 CUSTOM = resolve_data_set("custom", num_classes=3, test_segments=2, test_crops=3)
 
 
-def write_list(path, *lines):
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Seven small videos of different lengths with labels 0, 1 and 2, and a train, val and test list."""
     folder = tmp_path_factory.mktemp("data")
-    for k in range(7):
-        write_video(folder / f"{k}.mp4", 30 + k)
+    names = write_videos(folder, range(30, 37))
     for split in ("train", "val", "test"):
-        write_list(folder / f"{split}.csv", *(f"{k}.mp4 {k % 3}" for k in range(7)))
+        write_list(folder / f"{split}.csv", *(f"{name} {k % 3}" for k, name in enumerate(names)))
     return folder
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from programs import start, start_process
-from videos import write_video
+from videos import write_list, write_videos
 
 import engine_for_finetuning
 import run_class_finetuning
@@ -47,10 +47,9 @@ PROGRAMS = {
 def data(tmp_path_factory):
     """Nine small videos: four steps of two and one left over."""
     folder = tmp_path_factory.mktemp("data")
-    for i in range(9):
-        write_video(folder / f"{i}.mp4", 18 + i, size=(40, 48))
+    names = write_videos(folder, range(18, 27), size=(40, 48))
     for split, count in (("train", 9), ("val", 3), ("test", 3)):
-        (folder / f"{split}.csv").write_text("".join(f"{i}.mp4 {i % 3}\n" for i in range(count)))
+        write_list(folder / f"{split}.csv", *(f"{name} {i % 3}" for i, name in enumerate(names[:count])))
     return folder
 
 

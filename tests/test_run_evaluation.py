@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from programs import Done, start
-from videos import write_video
+from videos import write_list, write_videos
 
 from engine_for_finetuning import validate
 from evaluation import Scores, accuracies, confusion_matrix, fuse_views
@@ -35,10 +35,9 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    for i in range(5):
-        write_video(folder / f"{i}.mp4", 8, size=(40, 48))
+    names = write_videos(folder, 5 * [8], size=(40, 48))
     for split in ("train", "val", "test"):
-        (folder / f"{split}.csv").write_text("".join(f"{i}.mp4 {i % 3}\n" for i in range(5)))
+        write_list(folder / f"{split}.csv", *(f"{name} {i % 3}" for i, name in enumerate(names)))
     return folder
 
 

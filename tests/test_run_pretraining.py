@@ -7,7 +7,7 @@ import pytest
 import torch
 from golden import ROOT
 from programs import Done, start, start_process
-from videos import write_video
+from videos import write_list, write_videos
 
 from modeling_pretrain import create_pretrain_model
 from run_mae_pretraining import check_settings, get_args_parser, main
@@ -28,9 +28,8 @@ SMALL_RUN = [
 def data(tmp_path_factory):
     """A list of eight small videos."""
     folder = tmp_path_factory.mktemp("data")
-    for i in range(8):
-        write_video(folder / f"{i}.mp4", 20 + i, size=(40, 48))
-    (folder / "list.csv").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(8)))
+    names = write_videos(folder, range(20, 28), size=(40, 48))
+    write_list(folder / "list.csv", *(f"{name} {i % 2}" for i, name in enumerate(names)))
     return folder
 
 

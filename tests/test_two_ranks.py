@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from programs import start_process
-from videos import write_video
+from videos import write_list, write_videos
 
 from engine_for_pretraining import mask_numbers
 from utils import World
@@ -29,10 +29,9 @@ FINETUNE = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    for i in range(12):
-        write_video(folder / f"{i}.mp4", 18 + i, size=(40, 48))
+    names = write_videos(folder, range(18, 30), size=(40, 48))
     for split in ("train", "test"):
-        (folder / f"{split}.csv").write_text("".join(f"{i}.mp4 {i % 2}\n" for i in range(12)))
+        write_list(folder / f"{split}.csv", *(f"{name} {i % 2}" for i, name in enumerate(names)))
     return folder
 
 

@@ -96,6 +96,17 @@ def write_video(
     return Path(path)
 
 
+def write_videos(folder, lengths, **settings) -> list[str]:
+    """Videos of these numbers of frames, by their place in `lengths`; returns their names, 0.mp4 and so on."""
+    return [write_video(folder / f"{i}.mp4", length, **settings).name for i, length in enumerate(lengths)]
+
+
+def write_list(path, *lines: str) -> Path:
+    """A list of videos with these lines."""
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
 def _write_rotation(path, degrees: int):
     """Put a clockwise rotation into the track header of an mp4 file (ISO/IEC 14496-12, 8.3.2)."""
     a, b = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
