@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
 
-from clips.decoders import resolve_decoder
+from clips.decoders import DECODERS, resolve_decoder
 from utils import SettingError
 
 
@@ -132,7 +132,7 @@ def common_parser(program: str, description: str) -> Flags:
     add = parser.group("data")
     add("--data_path", default="", help="list of videos, or the folder of three lists (DATASET.md)")
     add("--data_root", default=None, help="folder that relative paths start from (default: the list's)")
-    add("--decoder", default="auto", choices=["auto", "torchcodec", "decord", "pyav"], help="video decoder")
+    add("--decoder", default="auto", choices=["auto", *DECODERS], help="video decoder")
     add("--num_frames", default=16, type=int, valid=AT_LEAST_ONE, help="frames of a clip")
     add("--sampling_rate", default=4, type=int, valid=AT_LEAST_ONE, help="stride between frames of a clip")
     add("--num_sample", type=int, valid=AT_LEAST_ONE, help="clips per video and decoding (repeated augmentation)")

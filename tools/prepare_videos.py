@@ -45,7 +45,7 @@ import av
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
-from clips.decoders import resolve_decoder
+from clips.decoders import DECODERS, resolve_decoder
 from clips.lists import find_videos
 from tools.preparing.annotations import READERS
 from tools.preparing.list_checks import check_videos, find_lines
@@ -93,7 +93,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("check").add_argument
     add("--check", action="store_true", help="only check the lists and videos of --input")
     add("--nb_classes", type=int, metavar="C", help="require a label from 0 to C - 1 on every line")
-    add("--decoder", choices=["auto", "torchcodec", "decord", "pyav"], default="auto",
+    add("--decoder", choices=["auto", *DECODERS], default="auto",
         help="library that reads the videos (default: the first that works)")
     return parser
 # fmt: on

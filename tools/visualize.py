@@ -34,7 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
 from augment import pretraining_colours, to_pixels
-from clips.decoders import resolve_decoder
+from clips.decoders import DECODERS, resolve_decoder
 from clips.frame_indices import pretrain_clip
 from clips.lists import read_list
 from clips.transforms import View, apply_view
@@ -47,7 +47,8 @@ from pictures import panels
 from pictures.drawing import animation, filmstrip
 from pictures.reconstruction import SHOW_VISIBLE, PictureSettings, reconstruct
 from targets import trained_target
-from utils import SettingError, UserError, choose_device, whole_file
+from tools.inference.trained import run_tool
+from utils import SettingError, choose_device, whole_file
 from weights.names import load_weights
 from weights.pretraining import load_pretrain_model
 
@@ -77,7 +78,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--sampling_rate", type=int, help="frames of the video from one to the next (default: as trained, 4)")
     add("--fps", type=float, default=8, help="frames per second of the GIF (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
-    add("--decoder", choices=["auto", "torchcodec", "decord", "pyav"], default="auto", help="video decoder")
+    add("--decoder", choices=["auto", *DECODERS], default="auto", help="video decoder")
     add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
     return parser
 # fmt: on
@@ -227,12 +228,7 @@ def draw(args: argparse.Namespace) -> int:
 
 def main() -> None:
     args = get_args_parser().parse_args()
-    try:
-        failed = draw(args)
-    except (UserError, OSError) as error:
-        raise SystemExit(f"visualize.py: error: {error}") from error
-    if failed:
-        raise SystemExit(f"visualize.py: error: {failed} of the videos could not be read, see above")
+    run_tool("visualize.py", lambda: draw(args))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A trained model and the videos to show it: flags, loading, clip settings and file names.
 
-For predict.py and extract_features.py.
+For predict.py and extract_features.py; visualize.py ends by the same `run_tool`.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from augment import COLOUR_STATISTICS, normalize, to_pixels
-from clips.decoders import resolve_decoder
+from clips.decoders import DECODERS, resolve_decoder
 from clips.lists import SUFFIXES
 from clips.lists import find_videos as find_below
 from clips.transforms import EvenCrops
@@ -49,7 +49,7 @@ def inference_parser(program: str, description: str) -> argparse.ArgumentParser:
     add("--sampling", choices=list(FRAME_RULES), help="frame rule")
     add("--sampling_rate", type=int, help="frames of the video per frame of the clip")
     add("--statistics", choices=list(COLOUR_STATISTICS), help="mean and standard deviation of the colours")
-    add("--decoder", choices=["auto", "torchcodec", "decord", "pyav"], default="auto", help="video decoder")
+    add("--decoder", choices=["auto", *DECODERS], default="auto", help="video decoder")
     add("--num_workers", type=int, default=2, help="decoding processes (default: %(default)s)")
     return parser
 # fmt: on
