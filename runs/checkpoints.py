@@ -73,6 +73,13 @@ def read_checkpoint(path: str | Path) -> dict:
     return state
 
 
+def flags_of(state: dict) -> dict:
+    """The flags in a checkpoint, {} where it has none; the published code stores them as a Namespace."""
+    flags = state.get("args")
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    return flags if isinstance(flags, dict) else {}
+
+
 def _reason(error: Exception) -> str:
     """Says in one line why a file was not read; torch's own message advises turning the protection off."""
     text = str(error).strip()

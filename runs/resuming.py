@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from loaders import EpochSampler
-from runs.checkpoints import CheckpointError, newest_checkpoint, read_checkpoint
+from runs.checkpoints import CheckpointError, flags_of, newest_checkpoint, read_checkpoint
 from runs.console import Console
 from runs.engine import Engine
 from runs.version import code_version
@@ -154,12 +154,6 @@ def changes(state: dict, flags: dict, neutral: Collection[str]) -> list[str]:
     if state.get("version", code_version()) != code_version():
         lines.append(f"it was written by version {state['version']} of the code, this is {code_version()}")
     return lines
-
-
-def flags_of(state: dict) -> dict:
-    """The flags in a checkpoint; the published code stores them as a Namespace."""
-    flags = state.get("args") or {}
-    return flags if isinstance(flags, dict) else vars(flags)
 
 
 def check_same_start(start: Start, output_dir: str, world: World) -> None:

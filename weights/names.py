@@ -4,7 +4,6 @@ Read are files of this repository, of the published AdaMAE, VideoMAE and MAE-ST 
 Hugging Face.
 """
 
-import argparse
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runs.checkpoints import CheckpointError, read_checkpoint
+from runs.checkpoints import CheckpointError, flags_of, read_checkpoint
 
 # Hugging Face's names in a VideoMAE, in the order in which they are replaced, and the published ones.
 HUGGING_FACE_NAMES = {
@@ -83,13 +82,11 @@ def load_weights(path: str | Path, *, model_key: str = "model|module", prefix: s
     taken = {k.removeprefix(start): v for k, v in found.items() if k.startswith(start)}
     if not taken:
         raise CheckpointError(f"{file}: no name starts with --model_prefix {start} (there is {min(found)})")
-    flags = state.get("args")
-    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
     return Weights(
         path=Path(path),
         tensors=published_names(taken),
         settings=state.get("model_settings") or {},
-        flags=flags if isinstance(flags, dict) else {},
+        flags=flags_of(state),
         ignored=[k for k in found if not k.startswith(start)],
     )
 

@@ -4,12 +4,10 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import torch.distributed as dist
-
 from modeling_finetune import CLASSIFIERS, VisionTransformer
 from probes import Probe
 from runs.checkpoints import BEST, CheckpointError, epoch_checkpoints
-from utils import World
+from utils import World, gather_from_ranks
 from weights.classifier import fit_weights
 from weights.names import Weights, load_weights, plain_name
 
@@ -105,8 +103,7 @@ def check_same_on_all_ranks(tested: str, model: VisionTransformer | Probe, world
     if world.size == 1:
         return
     head = model.head.weight.detach().float().cpu().numpy()
-    ranks = [None] * world.size
-    dist.all_gather_object(ranks, (tested, hashlib.sha256(head.tobytes()).hexdigest()))
+    ranks = gather_from_ranks((tested, hashlib.sha256(head.tobytes()).hexdigest()))
     if len({digest for _, digest in ranks}) > 1:
         names = ", ".join(f"rank {rank}: {name}" for rank, (name, _) in enumerate(ranks))
         raise CheckpointError(
