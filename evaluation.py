@@ -21,7 +21,7 @@ from runs.engine import Engine
 from runs.faults import TrainingDiverged
 from runs.processes import wait_for_all
 from runs.signals import SAVED, Stopped, StopSignals
-from utils import World, gather_from_ranks, sum_over_ranks, whole_file
+from utils import CSV_TEXT, World, gather_from_ranks, sum_over_ranks, whole_file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -199,7 +199,6 @@ def confusion_matrix(scores: Scores) -> np.ndarray:
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-AS_TEXT = {"newline": "", "errors": "surrogateescape"}  # a file name may be any bytes
 TOP = ("class_", "score_")  # columns of predictions.csv for each of the best classes
 
 
@@ -209,7 +208,7 @@ def write_results(folder: Path, scores: Scores, videos: VideoList, class_names: 
     names = class_names or [str(k) for k in range(scores.fused.shape[1])]
     paths = [videos[i].path for i in scores.index.tolist()]
     order = np.argsort(-scores.fused, axis=1, kind="stable")[:, :5]
-    with whole_file(folder / "predictions.csv", "w", **AS_TEXT) as file:
+    with whole_file(folder / "predictions.csv", "w", **CSV_TEXT) as file:
         table = csv.writer(file)
         table.writerow(["video", "label", *(f"{what}{k + 1}" for k in range(order.shape[1]) for what in TOP)])
         for path, label, best, row in zip(paths, scores.label.tolist(), order, scores.fused, strict=True):
@@ -217,13 +216,13 @@ def write_results(folder: Path, scores: Scores, videos: VideoList, class_names: 
     with whole_file(folder / "scores.npz") as file:
         np.savez(file, videos=np.array(paths), labels=scores.label, scores=scores.fused)
     confusion = confusion_matrix(scores)
-    with whole_file(folder / "confusion.csv", "w", **AS_TEXT) as file:
+    with whole_file(folder / "confusion.csv", "w", **CSV_TEXT) as file:
         table = csv.writer(file)
         table.writerow(["true \\ predicted", *names])
         table.writerows([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
     draw_confusion(confusion, names, folder / "confusion.png")
     if scores.bad:
-        with whole_file(folder / "unreadable.csv", "w", **AS_TEXT) as file:
+        with whole_file(folder / "unreadable.csv", "w", **CSV_TEXT) as file:
             csv.writer(file).writerows([("video", "reason"), *(entry[1:] for entry in scores.bad)])
 
 

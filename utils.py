@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+CSV_TEXT = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # of `open`: file names may be any bytes
+
 
 class UserError(Exception):
     """Something a person can correct. Programs print the message as one line, without a traceback."""
@@ -41,9 +43,8 @@ def choose_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and (
-            count := torch.cuda.device_count()
-        ):  # else a job of many GPUs trains on the CPU unnoticed
+        count = torch.cuda.device_count()
+        if name == "cpu" and count:  # else a job of many GPUs trains on the CPU unnoticed
             advice = "update the NVIDIA driver, install a torch built for it, or choose --device cpu"
             raise SettingError(f"--device auto: {count} GPUs that the installed torch can't use: {advice}")
     try:

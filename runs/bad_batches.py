@@ -1,14 +1,14 @@
 """The record of skipped steps: the videos of their batches, in bad_batches.csv."""
 
 import csv
+import math
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from clips.lists import VideoList
-from utils import World, gather_from_ranks
+from utils import CSV_TEXT, World, gather_from_ranks
 
 NAME = "bad_batches.csv"
 COLUMNS = ["step", "rank", "loss", "path"]
@@ -50,7 +50,7 @@ class BadBatches:
                 paths = [self.videos[i].path for i in index.tolist()]
                 mine += [(step, self.world.rank, loss.item(), path) for path in paths]
         rows = sorted(row for part in gather_from_ranks(mine) for row in part)
-        guilty = [row for row in rows if not torch.tensor(row[2]).isfinite()]
+        guilty = [row for row in rows if not math.isfinite(row[2])]
         blamed = {row[0] for row in guilty}
         rows = guilty + [row for row in rows if row[0] not in blamed]
         if self.file and self.world.is_main:
@@ -58,7 +58,7 @@ class BadBatches:
 
     def _append(self, rows: list[tuple]) -> None:
         try:
-            with self.file.open("a", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            with self.file.open("a", **CSV_TEXT) as file:
                 csv.writer(file).writerows(([] if file.tell() else [COLUMNS]) + rows)
         except OSError as error:
             self.warn(f"{self.file} could not be written ({error}); the run continues")

@@ -11,11 +11,10 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from utils import SettingError, UserError, gather_from_ranks, whole_file
+from utils import CSV_TEXT, SettingError, UserError, gather_from_ranks, whole_file
 
 NAME = "bad_videos.csv"
 COLUMNS = ["path", "reason"]
-AS_TEXT = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
 
 
 class TooManyBadVideos(UserError, RuntimeError):
@@ -84,7 +83,7 @@ class BadVideos:
     def _write(self) -> None:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(self.file, "w", **AS_TEXT) as file:
+            with whole_file(self.file, "w", **CSV_TEXT) as file:
                 csv.writer(file).writerows([COLUMNS, *self.reasons.items()])
         except OSError as error:
             self.warn(f"{self.file} could not be written ({error}); the run continues")
@@ -110,7 +109,7 @@ def read_bad_videos(path: Path) -> dict[str, str]:
     """
     if not path.is_file():
         return {}
-    with path.open(**AS_TEXT) as file:
+    with path.open(**CSV_TEXT) as file:
         rows = csv.DictReader(file)
         if not set(COLUMNS) <= set(rows.fieldnames or []):
             raise SettingError(f"{path} has no columns {', '.join(COLUMNS)}: move it away, the run writes its own")

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 from pebble import ProcessExpired, ProcessPool
 from tqdm import tqdm
 
+from utils import CSV_TEXT
+
 
 class Failure(NamedTuple):
     """A task that failed, crashed its process or took too long."""
@@ -74,7 +76,7 @@ def _outcome(future: Future, timeout: float) -> Any:
 @contextmanager
 def failure_file(path: Path, columns: str) -> Iterator[Callable[[Iterable], Any]]:
     """Opens a CSV file and gives the function that writes a row to it at once."""
-    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="", buffering=1) as file:
+    with path.open("w", buffering=1, **CSV_TEXT) as file:
         write = csv.writer(file).writerow
         write(columns.split(","))
         yield write
