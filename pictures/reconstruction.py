@@ -1,7 +1,7 @@
 """Runs a pre-training model on clips, for pictures."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from augment import IMAGENET_MEAN, IMAGENET_STD, normalize
+from augment import COLOUR_STATISTICS, Colours, normalize
 from modeling_pretrain import PretrainVisionTransformer
 from targets import PretrainOutput, Target, patchify, unpatchify
 from utils import SettingError
@@ -26,7 +26,7 @@ class PictureSettings:
     """
 
     target: Target
-    normalization: tuple[Sequence[float], Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD)  # of the model's input
+    normalization: Colours = COLOUR_STATISTICS["imagenet"]  # of the model's input
     show_visible: str = "pasted"  # visible patches from the original, or "predicted", from the decoder
     error_top: float | None = None  # end of the error's colour scale; None leaves it to the target
     seed: int = 0  # of the masks
