@@ -262,9 +262,8 @@ def test_torchrun_continues_after_a_rank_was_killed_in_the_middle_of_an_epoch(fl
     assert straight.process.wait(120) == 0, straight.output
     assert killed.process.wait(120) == 0, killed.output
     assert "checkpoint-0.pth: 1 of 2 epochs are done" in killed.output
-    assert re.search(rf"rank 1 on host {HOST} is gone \(last heartbeat: epoch \d, batch \d+\)", killed.output), (
-        killed.output
-    )
+    last = r"(epoch \d, batch \d+|saving checkpoint-0\.pth)"  # heartbeats are sent by the clock, not at every step
+    assert re.search(rf"rank 1 on host {HOST} is gone \(last heartbeat: {last}\)", killed.output), killed.output
     ours, theirs = last_weights(tmp_path / "killed"), last_weights(tmp_path / "straight")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
