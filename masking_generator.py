@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from timm.models.beit import Block
 from torch import Tensor, nn
 
+from modeling_blocks import create_block
 from utils import SettingError
 
 Window = tuple[int, int, int]  # tokens in (time, height, width)
@@ -209,7 +209,5 @@ def sampler_network(
     if width % heads:
         raise SettingError(f"--sampler_dim {width} must be a multiple of the sampler's {heads} heads")
     project = [] if width == dim else [nn.Linear(dim, width)]
-    blocks = [Block(width, heads, proj_drop=0.1, norm_layer=nn.LayerNorm) for _ in range(depth)]
-    for block in blocks:
-        block.mlp.drop1 = nn.Identity()  # the published MLP has no dropout after its activation
+    blocks = [create_block(width, heads, proj_drop=0.1, norm_layer=nn.LayerNorm) for _ in range(depth)]
     return nn.Sequential(*project, *blocks, nn.Linear(width, 1))

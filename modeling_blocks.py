@@ -4,9 +4,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.models.beit import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from modeling_attention import Attention, SeparateAttention
 
 TUBELET = 2  # frames per token, in every published model
 
@@ -50,32 +53,32 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 class TubeletEmbed(nn.Module):
-    """Embeds the tubelets of a clip: (B,3,T,H,W) -> (B,N,D), tokens in (t,h,w) order, w fastest."""
+    """Embeds the tubelets of a clip: (B,3,T,H,W) -> (B,N,D), tokens in (t,h,w) order, w fastest.
+
+    A convolution whose stride is its kernel is a linear layer on the tubelets. As such it is faster, its tokens are
+    contiguous, and a GPU computes it in the precision of all other layers.
+    """
 
     def __init__(self, *, patch: int, dim: int, tubelet: int = TUBELET):
         super().__init__()
         self.proj = nn.Conv3d(3, dim, kernel_size=(tubelet, patch, patch), stride=(tubelet, patch, patch))
 
     def forward(self, clip: Tensor) -> Tensor:
-        return self.proj(clip).flatten(2).transpose(1, 2)  # (B,N,D)
+        f, p, q = self.proj.kernel_size
+        tubelets = rearrange(clip, "b c (t f) (h p) (w q) -> b (t h w) (c f p q)", f=f, p=p, q=q)  # (B,N,3*f*p*q)
+        return F.linear(tubelets, self.proj.weight.flatten(1), self.proj.bias)  # (B,N,D)
 
 
-class SeparateAttention(nn.Module):
-    """Self-attention (B,N,D) -> (B,N,D) with separate, biased projections of query, key and value (MAE-ST)."""
+def create_block(dim: int, heads: int, **settings) -> Block:
+    """timm's pre-norm transformer block with our attention; no dropout after the MLP's activation, as published.
 
-    def __init__(self, *, dim: int, heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0):
-        super().__init__()
-        self.heads, self.attn_drop = heads, attn_drop
-        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor, shared_rel_pos_bias: None = None) -> Tensor:
-        q, k, v = (
-            project(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for project in (self.q, self.k, self.v)
-        )  # each (B,heads,N,d)
-        drop = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)  # (B,heads,N,d)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))  # (B,N,D)
+    Args:
+        settings: keyword arguments of timm's block.
+    """
+    block = Block(dim, heads, **settings)
+    block.attn = Attention(block.attn)
+    block.mlp.drop1 = nn.Identity()
+    return block
 
 
 class Blocks(nn.ModuleList):
@@ -103,11 +106,9 @@ class Blocks(nn.ModuleList):
         norm = partial(nn.LayerNorm, eps=1e-6)
         settings = {"qkv_bias": True, "proj_drop": drop, "attn_drop": attn_drop, "norm_layer": norm}
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        super().__init__(Block(dim, heads, drop_path=rate, **settings) for rate in rates)
-        for block in self:
-            block.mlp.drop1 = nn.Identity()  # published: no dropout after the activation
-            if separate_qkv:
-                block.attn = SeparateAttention(dim=dim, heads=heads, attn_drop=attn_drop, proj_drop=drop)
+        super().__init__(create_block(dim, heads, drop_path=rate, **settings) for rate in rates)
+        for block in self if separate_qkv else []:
+            block.attn = SeparateAttention(dim=dim, heads=heads, attn_drop=attn_drop, proj_drop=drop)
         self.checkpoint_activations = checkpoint_activations
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,13 +11,14 @@ from golden import ROOT
 ROOMS = ("clips", "pictures", "runs", "weights", "tools")
 PARSERS = ("get_args_parser", "common_parser", "inference_parser")  # functions that only list flags
 METHOD = (  # what a reader of the papers must read
-    *("masking_generator.py", "modeling_blocks.py", "modeling_pretrain.py", "modeling_finetune.py"),
-    *("targets.py", "engine_for_pretraining.py"),
+    *("masking_generator.py", "modeling_attention.py", "modeling_blocks.py", "modeling_pretrain.py"),
+    *("modeling_finetune.py", "targets.py", "engine_for_pretraining.py"),
 )
 LEVELS = (  # a file imports from its own level or below
     ("utils",),
     ("clips",),
-    ("augment", "masking_generator", "modeling_blocks", "modeling_finetune", "modeling_pretrain", "targets", "probes"),
+    ("modeling_attention", "modeling_blocks"),
+    ("augment", "masking_generator", "modeling_finetune", "modeling_pretrain", "targets", "probes"),
     ("optim", "datasets", "loaders"),
     ("runs", "pictures"),
     ("weights",),

@@ -1,4 +1,6 @@
-"""Checkpoints written before the code moved into rooms still resume, bit for bit.
+"""Checkpoints written before the code moved into rooms still resume, and end where the old code ended.
+
+The kernels have changed since (the embedding was a convolution), so the numbers are equal but for their rounding.
 
 tests/files/before_rooms holds nine tiny videos and, for each program, the checkpoint of a run that a SIGTERM stopped
 mid-epoch, and the weights and the log at the end of that run, all made by the code as it was then.
@@ -29,7 +31,7 @@ PROGRAMS = {
     "pretraining": (
         run_mae_pretraining.main,
         *("--model", "pretrain_videomae_nano_patch8_64", "--vis_freq", "0", "--decoder_depth", "1"),
-        *("--mask_ratio", "0.85", "--data_path", "train.csv"),
+        *("--mask_ratio", "0.85", "--data_path", "train.csv", "--sampler_amp", "false"),
     ),
     "finetuning": (
         run_class_finetuning.main,
@@ -64,16 +66,13 @@ def test_a_run_stopped_by_the_old_code_ends_as_the_old_code_ended_it(kind, nano,
 
     state = read_checkpoint(tmp_path / "checkpoint-1.pth")
     with safe_open(FILES / f"{kind}-end.safetensors", "pt") as end:
-        same_machine = end.metadata() == {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
         for name in end.keys():  # noqa: SIM118 - not a dict
             part, _, key = name.partition(".")
-            if same_machine:
-                assert torch.equal(state[part][key], end.get_tensor(name)), name
-            else:  # other kernels round differently
-                torch.testing.assert_close(state[part][key], end.get_tensor(name), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(state[part][key], end.get_tensor(name), rtol=1e-4, atol=1e-6)
     ours = json.loads((tmp_path / "log.txt").read_text().splitlines()[-1])
     theirs = json.loads((FILES / f"{kind}-log.txt").read_text().splitlines()[-1])
     timed = {"seconds", "clips_per_second", "data_wait"}
     assert ours.keys() == theirs.keys()
     for name in ours.keys() - timed:
-        assert ours[name] == (theirs[name] if same_machine else pytest.approx(theirs[name], rel=1e-4)), name
+        is_number = isinstance(theirs[name], float)
+        assert ours[name] == (pytest.approx(theirs[name], rel=1e-4) if is_number else theirs[name]), name
