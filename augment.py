@@ -34,7 +34,7 @@ def pretraining_colours(imagenet: bool) -> Colours:
 
 def to_pixels(clips: Tensor) -> Tensor:
     """Turns uint8 of any shape into float32 pixels in [0,1] on the same device."""
-    return clips.to(torch.float32) / 255
+    return clips.to(torch.float32).div_(255)
 
 
 def normalize(pixels: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Tensor:
@@ -47,7 +47,10 @@ def normalize(pixels: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequen
     if not len(mean) == len(std) == channels:
         raise ValueError(f"clips of {channels} channels, but {len(mean)} means and {len(std)} deviations")
     # Python numbers: a tensor of them would be copied to the device, and waited for, in every step.
-    return torch.stack([(x - m) / s for x, m, s in zip(pixels.unbind(1), mean, std)], dim=1)
+    normalized = torch.empty_like(pixels)
+    for channel, m, s in zip(range(channels), mean, std):
+        torch.sub(pixels[:, channel], m, out=normalized[:, channel]).div_(s)
+    return normalized
 
 
 # timm's operations on images (B,C,H,W) are right for clips whose frames are folded into the channels, (B,C*T,H,W).

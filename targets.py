@@ -105,7 +105,8 @@ class Pixels(Target):
         if not self.normalize:
             return tokens
         mean, std = patch_statistics(tokens)
-        return rearrange((rearrange(tokens, "b n (x c) -> b n x c", c=3) - mean) / std, "b n x c -> b n (x c)")
+        rearrange(tokens, "b n (x c) -> b n x c", c=3).sub_(mean).div_(std)  # a view: in place
+        return tokens
 
     def to_pixels(self, prediction: Tensor, pixels: Tensor) -> Tensor:
         """Normalised predictions get the statistics of the original patch, which a masked model can't know."""
