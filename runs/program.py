@@ -6,7 +6,7 @@ from contextlib import ExitStack, suppress
 
 from runs.processes import stop_world
 from runs.signals import Stopped, StopSignals
-from utils import UserError
+from utils import UserError, keep_freed_memory
 
 
 def run_program(name: str, work: Callable[[StopSignals, ExitStack], int]) -> int:
@@ -19,6 +19,7 @@ def run_program(name: str, work: Callable[[StopSignals, ExitStack], int]) -> int
         SystemExit: for a `UserError` with one line on stderr (status 1); for a run that was asked to stop and has
             saved with `signals.SAVED` or 130. Any other exception is a bug and keeps its traceback.
     """
+    keep_freed_memory()
     with StopSignals() as signals:
         try:
             with ExitStack() as to_close:

@@ -21,7 +21,7 @@ from datasets import DATA_SETS, FRAME_RULES
 from modeling_finetune import CLASSIFIERS, VisionTransformer, colour_statistics
 from probes import Probe
 from runs.engine import resolve_amp
-from utils import SettingError, UserError, choose_device
+from utils import SettingError, UserError, choose_device, keep_freed_memory
 from weights.classifier import classifier_settings, load_classifier
 from weights.names import Weights, load_weights
 
@@ -74,6 +74,7 @@ def run_tool(program: str, work: Callable[[], int]) -> None:
     Raises:
         SystemExit: in one line, for unreadable videos and for what the user can correct.
     """
+    keep_freed_memory()
     try:
         failed = work()
     except (UserError, OSError) as error:
