@@ -48,18 +48,18 @@ class PretrainEncoder(nn.Module):
         self,
         tokens: Tensor,
         *,
-        amp: bool = False,
+        amp: bool = True,
         temperature: float = 1.0,
         positions: bool = False,
         detach: bool = False,
     ) -> Tensor:
         """log P over all tokens (AdaMAE section 3.1), (B,N) float32; uniform without a sampler.
 
-        The defaults are the published code's, in float32 even under autocast.
+        The defaults are the published code's. The softmax is in float32, whatever the network runs in.
 
         Args:
             tokens: (B,N,D), before positions are added.
-            amp: run the network in autocast's type.
+            amp: run the network in autocast's type; else in float32 even under autocast.
             temperature: divides the logits before the softmax.
             positions: add the encoder's positions to the tokens, as in the paper.
             detach: keep the sampling loss from the tubelet embedding.

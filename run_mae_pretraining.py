@@ -54,7 +54,7 @@ def get_args_parser() -> Flags:
     add("--sampler_depth", default=1, type=int, valid=AT_LEAST_ONE, help="transformer blocks of the sampler (mha)")
     add("--sampler_dim", default=None, type=int, valid=AT_LEAST_ONE,
         help="width of the sampler (default: the encoder's; mlp: 4 x)")
-    add("--sampler_amp", action="store_true", help="run the sampler in mixed precision (default: in float32)")
+    add("--sampler_amp", default=True, **ON_OFF, help="run the sampler in mixed precision too, up to its softmax")
     add("--sampler_positions", action="store_true", help="give the sampler position-encoded tokens (paper)")
     add("--sampler_detach", action="store_true", help="keep the sampling loss from the tubelet embedding (paper)")
     add("--softmax_temp", default=1.0, type=float, valid=POSITIVE,
