@@ -238,7 +238,8 @@ def test_flags_reach_model_engine_and_schedule(data):
     assert model.encoder.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
     assert model.encoder.blocks.checkpoint_activations and model.decoder.blocks.checkpoint_activations
     engine = build_engine(args, model, World(torch.device("cpu"), 0, 1))
-    assert engine.clip_grad == 0.5 and model._compiled_call_impl is not None
+    assert engine.clip_grad == 0.5
+    assert all(block._compiled_call_impl is not None for block in [*model.encoder.blocks, *model.decoder.blocks])
     args.batch_size = 256
     schedule = build_schedule(args, World(torch.device("cpu"), 0, 1), 50)
     assert schedule(0)[0] == 0 and schedule(2)[0] == args.lr > schedule(4)[0]
