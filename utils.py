@@ -65,7 +65,7 @@ def keep_freed_memory() -> None:
     """Lets glibc keep freed memory for the next allocation instead of returning it to the kernel.
 
     A training step on the CPU allocates the same tensors again and again; each time the kernel would map and clear
-    their pages anew (ViT-B, 4 clips: 470,000 page faults and 7 % of a step). Other C libraries are left as they are.
+    their pages anew (ViT-B, 4 clips: 450,000 page faults, a tenth of a step). Other C libraries stay as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:

@@ -167,7 +167,7 @@ def test_sampler_networks_score_every_token(settings):
 def test_the_published_sampler_drops_where_the_published_one_does():
     block = sampler_network(dim=32)[0]
     assert block.attn.proj_drop.p == block.mlp.drop2.p == 0.1
-    assert block.attn.attn_drop == 0 and not isinstance(block.mlp.drop1, torch.nn.Dropout)
+    assert block.attn.attn_drop == 0 and not hasattr(block.mlp, "drop1")
 
 
 def test_sampler_width_must_suit_its_heads():
