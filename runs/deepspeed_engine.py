@@ -97,8 +97,8 @@ class DeepSpeedEngine(Engine):
         )
 
     @property
-    def loss_scale(self) -> float:
-        return self.scaler.get_scale() if self.zero is None else self.zero.loss_scale
+    def loss_scale(self) -> Tensor:
+        return super().loss_scale if self.zero is None else torch.full((), self.zero.loss_scale, device=self.device)
 
     def __call__(self, *inputs: Tensor, **named: Tensor):
         return self.forward_model(*inputs, **named)
@@ -115,19 +115,23 @@ class DeepSpeedEngine(Engine):
 
     def _update(self) -> None:
         groups = {n: p for n, p in self.groups_to_watch.items() if n != "rest" or self.zero is None}
-        norms = {name: self._norm(params) for name, params in groups.items()}
-        judged = self.zero is None and not self.scaler.is_enabled()  # ZeRO skips overflows by itself
-        self.bad_steps.agree(torch.stack(list(norms.values())).square().sum().sqrt() if judged else None)
+        scale = self.loss_scale
+        norms = {name: self._norm(params, scale) for name, params in groups.items()}
+        if self.zero is None:
+            self.bad_steps.agree(self._judged(torch.stack(list(norms.values())).square().sum().sqrt(), scale))
+        else:
+            self.bad_steps.agree()
         self.forward_model.step()
         if self.zero is not None:  # it computes the whole norm anyway, and gathering all gradients is expensive
             total = torch.as_tensor(self.forward_model.get_global_grad_norm(), device=self.device)
+            self.bad_steps.watch(self._judged(total, scale))  # the same on all processes; ZeRO has skipped the step
             squares = [norm.square() for norm in norms.values()]
             norms["rest"] = (total.square() - sum(squares)).clamp(min=0).sqrt()
         self.grad_norms = norms
 
-    def _norm(self, params: list[nn.Parameter]) -> Tensor:
+    def _norm(self, params: list[nn.Parameter], scale: Tensor) -> Tensor:
         gradients = [self.full_gradient(p) for p in params]
-        return get_total_norm([g for g in gradients if g is not None]) / self.loss_scale
+        return get_total_norm([g for g in gradients if g is not None]) / scale
 
     def state_dict(self) -> dict:
         """As `Engine.state_dict`, with the optimiser's state gathered from all processes."""
@@ -137,7 +141,7 @@ class DeepSpeedEngine(Engine):
         if self.zero is not None:
             state["optimizer"] = gather_optimizer_state(state["optimizer"], self.groups)
         if state["scaler"]:
-            state["scaler"]["scale"] = self.loss_scale
+            state["scaler"]["scale"] = self.loss_scale.item()
         return state
 
     def load_state_dict(self, state: dict) -> None:

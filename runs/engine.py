@@ -45,7 +45,8 @@ class Engine:
         ema_force_cpu: keep it in the host's memory.
 
     After each step `grad_norms` holds the norms before clipping, by the names of `watch` and "rest". A step
-    with a non-finite loss on any process is skipped on all of them; `bad_steps` counts these.
+    with a non-finite loss or gradient on any process is skipped on all of them; `bad_steps` counts these, but
+    not the overflows by which float16 finds its scale.
     """
 
     def __init__(
@@ -141,10 +142,22 @@ class Engine:
         norm = torch.stack(list(self.grad_norms.values())).square().sum().sqrt()
         if self.clip_grad:
             clip_grads_with_norm_(self.module.parameters(), self.clip_grad, norm)
-        self.bad_steps.agree(None if self.scaler.is_enabled() else norm)  # float16 overflows now and then
+        self.bad_steps.agree(self._judged(norm, self.loss_scale))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def loss_scale(self) -> Tensor:
+        """Of float16, on the device; 1 in other precisions."""
+        return self.scaler.scale(torch.ones((), device=self.device))  # unlike get_scale(), this waits for nothing
+
+    def _judged(self, norm: Tensor, scale: Tensor) -> Tensor:
+        """The gradient norm, or 0 where a non-finite one is ordinary: float16 overflows now and then.
+
+        Each overflow halves the scale, so below 1 it is not the scale that makes them.
+        """
+        return torch.where(scale < 1, norm, 0.0) if self.scaler.is_enabled() else norm
 
     def close(self) -> None:
         """Drops the distributed wrapper; to be called before the process group is destroyed.

@@ -101,7 +101,7 @@ def common_parser(program: str, description: str) -> Flags:
     add("--keep_ckpts", default=0, type=int, valid=AT_LEAST_ZERO, neutral=True,
         help="number of epoch checkpoints to keep; 0: all")
     add("--max_bad_steps", default=10, type=int, valid=AT_LEAST_ONE, neutral=True,
-        help="steps in a row with a non-finite loss that end the run")
+        help="steps in a row with a non-finite loss or gradient that end the run")
     add("--seed", default=0, type=int, valid=AT_LEAST_ZERO, help="seed of all random numbers")
     add("--start_epoch", default=0, type=int, valid=AT_LEAST_ZERO, neutral=True,
          help="first epoch of a run that resumes nothing")

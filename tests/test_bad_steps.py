@@ -88,6 +88,23 @@ def test_float16_overflows_are_the_scalers_business():
     assert all(torch.equal(v, before[k]) for k, v in engine.module.state_dict().items())
 
 
+def test_gradients_that_stay_infinite_under_float16_count_once_the_scale_is_not_to_blame():
+    """The loss is finite, but the slope of a square root at 0 is not, whatever the scale."""
+    engine = make_engine(amp=torch.float16)
+    before = copy.deepcopy(engine.module.state_dict())
+    counted = []
+    for number in range(20):
+        loss = engine(batch(number)).mul(0).square().sum().sqrt()
+        assert loss == 0
+        engine.backward(loss)
+        engine.step()
+        counted.append(engine.bad_steps.read()[1])
+    assert counted == [0] * 17 + [1, 2, 3]  # the first 17 halve the scale from 65536 to 0.5
+    train(engine, 1)
+    assert engine.bad_steps.read() == (3, 0, 3)
+    assert not torch.equal(engine.module[0].weight, before["0.weight"])
+
+
 def one_rank(rank: int, port: int, folder) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.set_num_threads(1)

@@ -112,6 +112,19 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(stage):
     assert not torch.equal(engine.module.head.weight, weights["head.weight"])
 
 
+@every_stage
+@pytest.mark.parametrize(("amp", "ordinary"), [(torch.float16, 17), (None, 0)], ids=["float16", "float32"])
+def test_gradients_that_stay_infinite_count_once_the_scale_is_not_to_blame(stage, amp, ordinary):
+    engine, counted = make_engine(stage, amp=amp), []
+    for _ in range(ordinary + 3):
+        engine.backward(engine(batch()[0]).mul(0).square().sum().sqrt())  # 0, with an infinite slope
+        engine.step()
+        counted.append(engine.bad_steps.read()[1])
+    assert counted == [0] * ordinary + [1, 2, 3]
+    train(engine, 1)
+    assert engine.bad_steps.read() == (3, 0, 3)
+
+
 @pytest.mark.parametrize(("before", "after"), [(0, None), (1, None), (2, None), (None, 1), (None, 2), (1, 2), (2, 0)])
 def test_a_checkpoint_goes_on_under_another_engine(before, after, tmp_path):
     settings = {"ema_decay": 0.7}
