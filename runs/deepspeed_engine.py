@@ -170,7 +170,10 @@ class Autocast(nn.Module):
 def import_deepspeed(device: torch.device) -> ModuleType:
     """DeepSpeed, set up for this device. It reads its environment on import, so not earlier."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # required even for a single process
+    os.environ.setdefault("LOCAL_RANK", "0")  # required even for a single process
+    if device.type == "cuda":  # it takes them for the number of the device: always 0 where srun shows one GPU per task
+        names = {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys()
+        os.environ.update(dict.fromkeys(names, str(device.index or 0)))
     try:
         import deepspeed
     except ModuleNotFoundError as error:

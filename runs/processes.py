@@ -52,7 +52,7 @@ def start_world(
             os.environ[ours] = os.environ[f"OMPI_COMM_WORLD_{theirs}"]
     if local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    device = str(choose_device(device))
+    device = choose_device(device)
     if "WORLD_SIZE" not in os.environ:
         _read_slurm()
     names = {"LOCAL_RANK": 0, "RANK": 0, "WORLD_SIZE": 1}
@@ -62,33 +62,48 @@ def start_world(
             f"--world_size {world_size}, but {size} processes were started: leave the flag out and start them "
             "with torchrun --nproc_per_node or srun, which set the number"
         )
+    device = _own_device(device, local_rank) if size > 1 else device
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # NCCL and DeepSpeed take the current device for this process's own
     if size > 1:
-        device = _join(device, dist_url, local_rank, rank, size, dist_timeout)
-    if device.startswith("cuda:"):
-        torch.cuda.set_device(device)
-    return World(torch.device(device), rank, size)
+        _join(device, dist_url, rank, size, dist_timeout)
+    return World(device, rank, size)
 
 
-def _join(device: str, dist_url: str, local_rank: int, rank: int, size: int, dist_timeout: float) -> str:
-    """Meets the other processes, forms the process group, and returns the device of this one."""
-    backend = "nccl" if device.startswith("cuda") else "gloo"
+def _own_device(device: torch.device, local_rank: int) -> torch.device:
+    """The device of this process among those of its machine; srun may show each task its own GPU only."""
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count()
+    if local_rank >= count > 1:
+        raise SettingError(f"process {local_rank} of this machine has no GPU of its own: torch sees only {count}")
+    return torch.device("cuda", local_rank if count > 1 else 0)
+
+
+def _join(device: torch.device, dist_url: str, rank: int, size: int, dist_timeout: float) -> None:
+    """Meets the other processes and forms the process group."""
+    backend, bound = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     timeout = timedelta(seconds=dist_timeout)
     try:
         store, rank, size = next(rendezvous(dist_url, rank, size, timeout=timeout))
         store = unused_part(store, rank, size, dist_timeout)
         # The watchdog reports more than a collective that times out, so its limit is the shorter one.
         watchdog.watch(store, rank=rank, size=size, timeout=dist_timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=1.5 * timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=1.5 * timeout, device_id=bound
+        )
         _no_time_limit.append(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
+    except dist.DistBackendError as error:
+        raise SettingError(
+            f"rank {rank} on host {socket.gethostname()}: {backend} could not connect {device} with the others' "
+            f"({str(error).splitlines()[0]}): NCCL_DEBUG=INFO tells more; see NCCL_SOCKET_IFNAME in PRETRAIN.md"
+        ) from error
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if "env" in dist_url else dist_url
         raise SettingError(
             f"rank {rank} on host {socket.gethostname()}: {size} processes did not meet at {where} within "
             f"--dist_timeout {dist_timeout:g} seconds: {str(error).splitlines()[0]}"
         ) from error
-    if backend == "gloo":
-        return device
-    return f"cuda:{local_rank if torch.cuda.device_count() > 1 else 0}"  # srun may show each task its own GPU only
 
 
 def unused_part(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:

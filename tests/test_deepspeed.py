@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from modeling_pretrain import PretrainVisionTransformer
 from optim import create_optimizer
 from probes import make_probe
 from runs.checkpoints import read_checkpoint, save_checkpoint
-from runs.deepspeed_engine import DeepSpeedEngine
+from runs.deepspeed_engine import DeepSpeedEngine, import_deepspeed
 from runs.engine import Engine
 from utils import seed_all
 
@@ -217,6 +218,21 @@ def test_a_frozen_encoder_stays_as_it_is():
     after = engine.state_dict()["model"]
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed == {"head.weight", "head.bias", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+
+
+@pytest.mark.parametrize("others", [(), ("OMPI_COMM_WORLD_LOCAL_RANK",)], ids=["torchrun, srun", "Open MPI"])
+def test_deepspeed_takes_the_device_of_the_run(monkeypatch, others):
+    """Where srun shows each task its own GPU only, the fourth task of a machine is on cuda:0."""
+    names = ("LOCAL_RANK", *others)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for name in names:
+        monkeypatch.setenv(name, "3")
+    import_deepspeed(torch.device("cuda", 0))
+    assert {os.environ[name] for name in names} == {"0"}
+    assert others or "OMPI_COMM_WORLD_LOCAL_RANK" not in os.environ
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    import_deepspeed(CPU)
+    assert os.environ["LOCAL_RANK"] == "3"
 
 
 def test_what_zero_cannot_do_is_said():

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from runs import processes
 from runs.console import Console, readable_time
 from runs.meters import Meters
 from runs.processes import start_world, unused_part
@@ -75,6 +76,51 @@ def test_gpus_that_torch_cannot_use_are_an_error_and_not_the_cpu(monkeypatch):
     with pytest.raises(SettingError, match=r"8 GPUs that the installed torch can't use.*--device cpu"):
         choose_device("auto")
     assert choose_device("cpu") == CPU
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Starts this process as task 3 of 4 on a machine, of which torch sees a number of GPUs; records what is called."""
+    calls = []
+
+    def start(gpus: int, error: Exception | None = None) -> World:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set_device", str(device))))
+        monkeypatch.setattr(processes, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 3, 4)]))
+        monkeypatch.setattr(processes, "unused_part", lambda store, *_: store)
+        monkeypatch.setattr(processes.watchdog, "watch", lambda *_, **__: None)
+
+        def init_process_group(backend, *, device_id, **_):
+            calls.append((backend, str(device_id)))
+            if error:
+                raise error
+
+        monkeypatch.setattr(dist, "init_process_group", init_process_group)
+        monkeypatch.setattr(dist, "new_group", lambda backend, **_: calls.append((backend,)))
+        for name, value in {"WORLD_SIZE": 4, "RANK": 3, "LOCAL_RANK": 3}.items():
+            monkeypatch.setenv(name, str(value))
+        return start_world("cuda")
+
+    yield start, calls
+    processes._no_time_limit.clear()
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(4, "cuda:3"), (1, "cuda:0")], ids=["all are seen", "only its own"])
+def test_a_process_takes_its_own_gpu_before_the_group_is_formed(cluster, gpus, device):
+    start, calls = cluster
+    assert start(gpus) == World(torch.device(device), 3, 4)
+    assert calls == [("set_device", device), ("nccl", device), ("gloo",)]
+
+
+def test_a_process_without_a_gpu_or_a_network_says_so(cluster):
+    start, _ = cluster
+    with pytest.raises(SettingError, match="process 3 of this machine has no GPU of its own: torch sees only 2"):
+        start(2)
+    with pytest.raises(
+        SettingError, match=r"rank 3 .* nccl could not connect cuda:3 .*\(no route\).*NCCL_SOCKET_IFNAME"
+    ):
+        start(4, dist.DistBackendError("no route\nstack"))
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:00:05"), (3725, "1:02:05"), (90061, "1 d 1:01:01")])
