@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from optim import BadSteps
+from runs.running_statistics import RunningStatistics
 from utils import SettingError
 
 
@@ -81,9 +82,11 @@ class Engine:
         if distributed:
             ids = [device.index] if device.type == "cuda" else None
             self.forward_model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            self.forward_model.broadcast_buffers = False  # they are constant tables, or see RunningStatistics
             if compress:
                 self.forward_model.register_comm_hook(None, bf16_compress_hook)
         self.bad_steps = BadSteps(optimizer, device)
+        self.running_statistics = RunningStatistics(model)
         for group in optimizer.param_groups:
             group.setdefault("lr_scale", 1.0)
 
@@ -129,6 +132,7 @@ class Engine:
         if is_last:
             self._update()
             self.bad_steps.count()
+            self.running_statistics.agree(self.bad_steps.last)
             if self.ema is not None:
                 self.ema.update(self.module)
         return is_last
@@ -195,6 +199,7 @@ class Engine:
         if was not in (None, now):
             raise SettingError(f"it was made with the optimiser {was}, --opt {now.lower()} is another")
         self.module.load_state_dict(state["model"])
+        self.running_statistics.keep()
         settings = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
