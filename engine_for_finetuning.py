@@ -103,7 +103,9 @@ def finetune_one_epoch(
 def validate_all(engine: Engine, loader: Iterable[dict], **settings) -> dict[str, dict[str, float]]:
     """Validates the weights (`model`) and, if there is one, their moving average (`ema`); see `validate`."""
     sources = ["model", "ema"] if engine.ema is not None else ["model"]
-    return {source: validate(engine, loader, ema=source == "ema", **settings) for source in sources}
+    found = {source: validate(engine, loader, ema=source == "ema", **settings) for source in sources}
+    engine.end_validation()
+    return found
 
 
 def log_validation(run: TrainingRun, found: dict[str, dict[str, float]], best: BestCheckpoint) -> None:

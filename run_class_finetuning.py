@@ -56,7 +56,7 @@ def get_args_parser() -> Flags:
     add("--use_checkpoint", action="store_true", help="recompute activations: less memory, more time")
     add("--model_ema", action="store_true", help="keep a moving average of the weights, and evaluate it too")
     add("--model_ema_decay", default=0.9999, type=float, valid=SHARE, help="decay of the moving average per step")
-    add("--model_ema_force_cpu", action="store_true", help="keep the moving average on the CPU")
+    add("--model_ema_force_cpu", action="store_true", help="keep it in the host's memory, not on the GPU")
 
     add = parser.group("initial weights")
     add("--finetune", default="", help="checkpoint of the encoder (default: train from scratch)")

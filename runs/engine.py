@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from optim import BadSteps
+from runs.host_average import HostAverage
 from runs.running_statistics import RunningStatistics
 from utils import SettingError
 
@@ -43,7 +44,7 @@ class Engine:
         watch: parameters whose gradient norm is computed apart from that of the rest, by name.
         compile_model: compile the transformer blocks, each kind of block and shape once (`torch.compile`).
         ema_decay: keep a moving average of weights and buffers with this decay per step, or None.
-        ema_force_cpu: keep it in the host's memory.
+        ema_force_cpu: keep it in the host's memory, and a copy on the device while it is evaluated.
 
     After each step `grad_norms` holds the norms before clipping, by the names of `watch` and "rest". A step
     with a non-finite loss or gradient on any process is skipped on all of them; `bad_steps` counts these, but
@@ -74,8 +75,7 @@ class Engine:
         self.batches = 0
         self.ema = None
         if ema_decay is not None:
-            home = torch.device("cpu") if ema_force_cpu else None
-            self.ema = ModelEmaV3(model, decay=ema_decay, device=home)
+            self.ema = (HostAverage if ema_force_cpu else ModelEmaV3)(model, decay=ema_decay)
         if compile_model:
             compile_blocks(model)
         self.forward_model = model
@@ -103,12 +103,18 @@ class Engine:
         It puts that model into evaluation mode. It communicates with no other process, so ranks may call it
         unequally often.
         """
-        model = self.ema.module if ema else self.module
-        home = next(model.parameters()).device
+        model = self.module
+        if ema:
+            model = self.ema.on_device() if isinstance(self.ema, HostAverage) else self.ema.module
         model.eval()
         eager = torch.compiler.set_stance("force_eager")  # else evaluation, or its last batch, compiles once more
-        with eager, torch.autocast(home.type, dtype=self.amp, enabled=self.amp is not None):
-            return model(*(x.to(home) for x in inputs)).to(self.device)
+        with eager, torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
+            return model(*inputs)
+
+    def end_validation(self) -> None:
+        """Frees the copy that `evaluate` keeps on the device of an average in the host's memory."""
+        if isinstance(self.ema, HostAverage):
+            self.ema.copied = None
 
     def set_schedule(self, lr: float, weight_decay: float | None = None) -> None:
         """Sets the learning rate (times each group's lr_scale), and the weight decay where there is any."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from golden import arrays, needs_golden, table
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from modeling_finetune import MAE_ST, Size, VisionTransformer
@@ -13,6 +14,7 @@ from modeling_pretrain import PretrainVisionTransformer
 from optim import cosine_schedule, create_optimizer, parameter_groups
 from probes import make_probe
 from runs.engine import Engine
+from runs.host_average import HostAverage
 
 TABLES = table("optim_tables")
 SCHEDULES = TABLES.get("schedules", {})
@@ -271,6 +273,45 @@ def test_moving_average_follows_every_optimiser_step(force_cpu):
     torch.testing.assert_close(engine.evaluate(x, ema=True), engine.ema.module(x))
     torch.testing.assert_close(engine.evaluate(x), model(x))
     assert not torch.allclose(engine.evaluate(x, ema=True), engine.evaluate(x))
+    engine.end_validation()
+    assert not force_cpu or engine.ema.copied is None
+
+
+def test_an_average_in_the_hosts_memory_has_the_same_numbers():
+    """Weights, running statistics and counters; whenever it is read, and with a copy of its own for evaluation."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    plain, host = ModelEmaV3(model, decay=0.9), HostAverage(model, decay=0.9)
+    optimizer, x = torch.optim.SGD(model.parameters(), lr=0.5), torch.randn(8, 6)
+    for step in range(6):
+        model(x).square().mean().backward()
+        optimizer.step()
+        plain.update(model)
+        host.update(model)
+        if step % 2:
+            copied = host.on_device()
+            assert copied is host.on_device() and copied is not host.module
+            assert torch.equal(copied.eval()(x), plain.module(x))
+    ours, theirs = host.module.state_dict(), plain.module.state_dict()
+    assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    host.module.load_state_dict(model.state_dict())
+    assert torch.equal(host.on_device()[0].weight, model[0].weight)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the memory of a GPU with the host's")
+def test_an_average_in_the_hosts_memory_is_evaluated_on_the_device():
+    (model, x, y), device = problem(), torch.device("cuda")
+    model, x, y = model.to(device), x.to(device), y.to(device)
+    plain, host = ModelEmaV3(model, decay=0.8), HostAverage(model, decay=0.8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(4):
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        plain.update(model)
+        host.update(model)
+    assert {p.device.type for p in host.module.parameters()} == {"cpu"}
+    assert {p.is_pinned() for p in host.sent.parameters()} == {True}
+    torch.testing.assert_close(host.on_device()(x), plain.module(x))
 
 
 def test_evaluation_has_neither_dropout_nor_gradients():
