@@ -111,6 +111,18 @@ def seed_all(*words: int) -> None:
     random.seed(low)
 
 
+def compute_deterministically() -> None:
+    """Makes torch take algorithms that repeat every bit, and raise an error where an operation has none.
+
+    To be called before CUDA starts. The CPU repeats every bit anyway. On CUDA it is the backward pass of attention
+    that does not by default; flash and memory-efficient attention have an algorithm that does, and torch leaves
+    out cuDNN's, which has none.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses to use cuBLAS
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True)
+
+
 def sum_over_ranks(value: float, device: torch.device) -> float:
     """The sum of one number over all ranks (every rank must call it)."""
     if not dist.is_initialized():

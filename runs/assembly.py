@@ -25,7 +25,7 @@ from runs.resuming import resume
 from runs.saving import Checkpoints
 from runs.signals import StopSignals, Votes
 from runs.training import TrainingRun
-from utils import World
+from utils import World, compute_deterministically
 
 Schedule = Callable[[int], tuple[float, float]]  # optimiser step -> learning rate, weight decay
 
@@ -104,6 +104,8 @@ class Session(NamedTuple):
 
 def open_session(args: argparse.Namespace, flags: Flags, signals: StopSignals, to_close: ExitStack) -> Session:
     """Joins the job's other processes, and opens the console and the log."""
+    if args.deterministic:
+        compute_deterministically()
     world = start_world(
         args.device,
         args.dist_url,

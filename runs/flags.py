@@ -103,6 +103,8 @@ def common_parser(program: str, description: str) -> Flags:
     add("--max_bad_steps", default=10, type=int, valid=AT_LEAST_ONE, neutral=True,
         help="steps in a row with a non-finite loss or gradient that end the run")
     add("--seed", default=0, type=int, valid=AT_LEAST_ZERO, help="seed of all random numbers")
+    add("--deterministic", action="store_true",
+        help="repeat every bit on GPUs of one model too, which is slower (the CPU always does)")
     add("--start_epoch", default=0, type=int, valid=AT_LEAST_ZERO, neutral=True,
          help="first epoch of a run that resumes nothing")
     add("--resume", default="", neutral=True, help="checkpoint to resume")

@@ -5,7 +5,8 @@
     checkpoint-previous.pth the checkpoint-last.pth before it
 
 What is random in a step is drawn from (seed, batch, rank), and what happens to a video from (seed, epoch, video). So
-the position within the epoch is all the random state there is, and a resumed run repeats a straight one bit for bit.
+the position within the epoch is all the random state there is, and a resumed run repeats a straight one: bit for bit on
+the CPU, and on CUDA as far as its algorithms repeat themselves (--deterministic).
 """
 
 import time

@@ -74,6 +74,16 @@ def end_state(output) -> dict:
     return torch.load(output / "checkpoint-1.pth", weights_only=True)
 
 
+@pytest.fixture
+def usual_algorithms(monkeypatch):
+    """Leaves torch as it was after a run with --deterministic."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
 def log(output) -> list[dict]:
     return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
 
@@ -118,6 +128,16 @@ def signal_at(monkeypatch, step: int, *numbers: int) -> None:
                 os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Console, "advance", advance_and_signal)
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_deterministic_algorithms_change_nothing_on_the_cpu(kind, data, straight, tmp_path, usual_algorithms):
+    assert not torch.are_deterministic_algorithms_enabled()
+    done = run(kind, data, tmp_path, "--deterministic")
+    assert done.returncode == 0, done.stderr
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert torch.backends.cudnn.deterministic and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert_same_end(tmp_path, *straight[kind])
 
 
 @pytest.mark.parametrize(("step", "workers"), [(1, 0), (2, 2), (STEPS, 0), (STEPS + 3, 2)])
