@@ -114,11 +114,11 @@ def score_views(
         if len(batch["label"]):
             views = batch["clips"].flatten(0, 1)  # (n*V,3,T,H,W) uint8
             logits = [
-                engine.evaluate(normalize(to_pixels(part.to(engine.device)), *colours))
+                engine.evaluate(normalize(to_pixels(part.to(engine.device, non_blocking=True)), *colours))
                 for part in views.split(clips_at_once)
             ]
             logits = torch.cat(logits).unflatten(0, (-1, num_views))  # (n,V,K)
-            fused, hits = fuse_views(logits, batch["label"].to(engine.device), fusion)
+            fused, hits = fuse_views(logits, batch["label"].to(engine.device, non_blocking=True), fusion)
             parts.append([x.cpu().numpy() for x in (batch["index"], batch["label"], fused, hits)])
         console.advance()
         if (number + 1) % max(1, len(loader) // 20) == 0:

@@ -131,7 +131,8 @@ def run(args: argparse.Namespace) -> int:
     paths = [path for path, _, _ in todo]
     dataset = Windows(paths=paths, clips=trained.clips, stride=args.window, decoder=args.decoder)
     workers = min(args.num_workers, len(todo)) if len(todo) > 1 else 0
-    loader = DataLoader(dataset, batch_size=args.batch_size, collate_fn=collate, num_workers=workers)
+    pin = trained.device.type == "cuda"
+    loader = DataLoader(dataset, args.batch_size, collate_fn=collate, num_workers=workers, pin_memory=pin)
     failed = 0
     extracted = extract(trained, loader, pool=args.pool, dtype=args.dtype)
     for number, found in tqdm(extracted, total=len(todo), unit="video", disable=None):

@@ -112,7 +112,8 @@ class Trained(NamedTuple):
     @torch.inference_mode()
     def run(self, function: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
         """Applies `function` to normalised clips: uint8 (B,3,T,S,S) -> its result as float32 on the host."""
-        pixels = normalize(to_pixels(clips.to(self.device)), *COLOUR_STATISTICS[self.clips.statistics])  # (B,3,T,S,S)
+        clips = clips.to(self.device, non_blocking=True)
+        pixels = normalize(to_pixels(clips), *COLOUR_STATISTICS[self.clips.statistics])  # (B,3,T,S,S)
         with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
             return function(pixels).float().cpu()
 
