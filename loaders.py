@@ -1,5 +1,6 @@
 """From samples to batches: which videos a process takes, in which order, and the loaders."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,18 @@ class LoadSettings:
     pin_memory: bool = True
     rank: int = 0
     world_size: int = 1
+
+
+def usable_workers(most: int) -> int:
+    """The data workers that a process can use: as many as SLURM gives it cores, else its share of the machine's.
+
+    Args:
+        most: where SLURM says nothing; a process alone on a large machine needs no worker for every core.
+    """
+    given = int(os.environ.get("SLURM_CPUS_PER_TASK") or 0)
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has no affinity
+    share = (given or here) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that of torchrun, maybe inside a SLURM task
+    return max(1, share if given else min(share, most))
 
 
 class EpochSampler(Sampler):

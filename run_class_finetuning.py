@@ -36,7 +36,7 @@ from weights.tested import check_same_on_all_ranks, check_tested, find_tested, l
 def get_args_parser() -> Flags:
     parser = common_parser("run_class_finetuning.py", __doc__)
     parser.set_defaults(epochs=30, save_ckpt_freq=100, lr=1e-3, min_lr=1e-6, warmup_epochs=5,
-                        num_sample=2, train_interpolation="bicubic", num_workers=10, color_jitter=0.4)
+                        num_sample=2, train_interpolation="bicubic", color_jitter=0.4)
 
     add = parser.group("model")
     add("--model", default="vit_base_patch16_224", help=", ".join(sorted(CLASSIFIERS)))
@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     def work(signals: StopSignals, to_close: ExitStack) -> int:
         flags.check(args)
         settings = check_settings(args)
-        session = open_session(args, flags, signals, to_close)
+        session = open_session(args, flags, signals, to_close, most_workers=10)
         for videos in settings.lists.values():
             check_readable(videos, args.decoder, decode_timeout=args.decode_timeout)
         return train_and_test(session, settings)

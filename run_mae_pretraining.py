@@ -35,7 +35,7 @@ from utils import SettingError, seed_all
 def get_args_parser() -> Flags:
     parser = common_parser("run_mae_pretraining.py", __doc__)
     parser.set_defaults(epochs=800, save_ckpt_freq=50, lr=1.5e-4, min_lr=1e-5, warmup_epochs=40,
-                        num_sample=1, train_interpolation="bilinear", num_workers=4)
+                        num_sample=1, train_interpolation="bilinear")
 
     add = parser.group("model")
     add("--model", default="pretrain_videomae_base_patch16_224", help=", ".join(sorted(PRETRAIN_MODELS)))
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     def work(signals: StopSignals, to_close: ExitStack) -> int:
         flags.check(args)
         model_settings, videos = check_settings(args)
-        session = open_session(args, flags, signals, to_close)
+        session = open_session(args, flags, signals, to_close, most_workers=4)
         check_readable(videos, args.decoder, decode_timeout=args.decode_timeout)
         train(session, model_settings, videos)
         return 0

@@ -11,7 +11,7 @@ from torch import nn
 from clips.decoders import resolve_decoder
 from clips.lists import VideoList
 from datasets import ClipSettings
-from loaders import EpochSampler, LoadSettings
+from loaders import EpochSampler, LoadSettings, usable_workers
 from optim import cosine_schedule, create_optimizer
 from runs.bad_batches import BadBatches
 from runs.bad_videos import BadVideos
@@ -61,6 +61,7 @@ class Session(NamedTuple):
     console: Console
     log: RunLog
     signals: StopSignals
+    num_workers: int  # that decode, of this process
     to_close: ExitStack  # closes what must be closed before the processes part
 
     def clips(self, **settings) -> ClipSettings:
@@ -81,7 +82,7 @@ class Session(NamedTuple):
         return LoadSettings(
             batch_size=args.batch_size,
             update_freq=args.update_freq,
-            num_workers=args.num_workers,
+            num_workers=self.num_workers,
             pin_memory=args.pin_mem,
             rank=self.world.rank,
             world_size=self.world.size,
@@ -95,15 +96,22 @@ class Session(NamedTuple):
         total, decoder = args.batch_size * args.update_freq * size, resolve_decoder(args.decoder)
         self.console.say(
             f"{args.model}, {trained:.2f} M trained parameters, {model}\n"
-            f"{videos} of {args.data_path}, decoder {decoder}, on {self.world.device} in {precision}\n"
+            f"{videos} of {args.data_path}, decoder {decoder}, {self.num_workers} data workers a process\n"
+            f"on {self.world.device} in {precision}\n"
             f"{size} processes x {args.batch_size} videos x {args.update_freq} batches a step = {total}, "
             f"{args.num_sample} clips a video\n"
             f"learning rate {args.lr} x {total}/256 = {args.lr * total / 256:.3g}"
         )
 
 
-def open_session(args: argparse.Namespace, flags: Flags, signals: StopSignals, to_close: ExitStack) -> Session:
-    """Joins the job's other processes, and opens the console and the log."""
+def open_session(
+    args: argparse.Namespace, flags: Flags, signals: StopSignals, to_close: ExitStack, *, most_workers: int
+) -> Session:
+    """Joins the job's other processes, and opens the console and the log.
+
+    Args:
+        most_workers: see `usable_workers`.
+    """
     if args.deterministic:
         compute_deterministically()
     world = start_world(
@@ -117,7 +125,8 @@ def open_session(args: argparse.Namespace, flags: Flags, signals: StopSignals, t
     console, log_dir = Console(total_steps=0, show=world.is_main), args.log_dir or args.output_dir
     log = RunLog(output_dir=args.output_dir, log_dir=log_dir, show=world.is_main, warn=console.warn)
     to_close.callback(log.close)
-    return Session(args, flags, world, console, log, signals, to_close)
+    workers = usable_workers(most_workers) if args.num_workers is None else args.num_workers
+    return Session(args, flags, world, console, log, signals, workers, to_close)
 
 
 def build_engine(

@@ -146,7 +146,9 @@ def common_parser(program: str, description: str) -> Flags:
         help="seconds to read one video; 0: no limit")
     add("--max_bad_videos", default=0.01, type=float, valid=SHARE, neutral=True,
         help="share of the list that may be unreadable")
-    add("--num_workers", type=int, valid=AT_LEAST_ZERO, neutral=True, help="data workers per process")
+    add("--num_workers", default=None, type=int, valid=AT_LEAST_ZERO, neutral=True,
+        help="data workers per process (default: the cores that SLURM gives it, else its share of the machine's, "
+             "up to 4 in pre-training and 10 in fine-tuning)")
     add("--pin_mem", default=True, action="store_true", neutral=True, help="pinned memory for CUDA")
     add("--no_pin_mem", dest="pin_mem", action="store_false", neutral=True, help="pageable memory")
 

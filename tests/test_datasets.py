@@ -15,7 +15,7 @@ from clips.lists import ListError, check_readable, parse_line, read_list
 from clips.transforms import build_pretrain_transform
 from clips.video_index import VideoError
 from datasets import ClipSettings, NoReadableVideoError, TrainDataset
-from loaders import EpochSampler, LoadSettings, build_training_loader
+from loaders import EpochSampler, LoadSettings, build_training_loader, usable_workers
 from utils import SettingError
 
 FRAMES, RATE = 4, 3  # a clip spans 12 of the 30 frames
@@ -309,6 +309,27 @@ class Troubled(TrainDataset):
 
 def troubled(videos, **settings):
     return Troubled(videos=videos, transform=TRANSFORM, settings=replace(SETTINGS, **settings))
+
+
+@pytest.mark.parametrize(
+    ("slurm", "cores", "processes", "workers"),
+    [
+        (None, 96, None, 10),  # at most what is asked for
+        (None, 96, 16, 6),  # torchrun
+        (None, 2, None, 2),
+        (None, 2, 8, 1),  # never none
+        ("12", 96, None, 12),  # srun: all that SLURM gives
+        ("3", 96, None, 3),
+        ("96", 96, 8, 12),  # torchrun in a task of SLURM
+    ],
+)
+def test_workers_follow_the_cores_of_the_process(monkeypatch, slurm, cores, processes, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    for name, value in (("SLURM_CPUS_PER_TASK", slurm), ("LOCAL_WORLD_SIZE", processes)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, str(value))
+    assert usable_workers(10) == workers
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

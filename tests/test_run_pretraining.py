@@ -74,6 +74,16 @@ def test_checkpoints_have_the_published_keys(straight):
     assert "encoder.get_token_probs.0.attn.qkv.weight" in state["model"]
 
 
+def test_workers_follow_slurm_unless_their_number_is_given(straight, data, tmp_path, monkeypatch):
+    assert ", 0 data workers a process" in straight[1]
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    start_of_flag = SMALL_RUN.index("--num_workers")
+    flags = SMALL_RUN[:start_of_flag] + SMALL_RUN[start_of_flag + 2 :]
+    done = start(main, *flags, "--data_path", data / "list.csv", "--output_dir", tmp_path)
+    assert done.returncode == 0 and ", 1 data workers a process" in done.stdout, done.stdout + done.stderr
+    assert all(torch.equal(value, weights(straight[0], 1)[name]) for name, value in weights(tmp_path, 1).items())
+
+
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_resumed_run_equals_a_straight_one(straight, data, tmp_path, workers):
     pretrain(data, tmp_path, "--num_workers", workers)
@@ -270,7 +280,7 @@ def test_published_flags_and_defaults():
         "num_frames": 16,
         "sampling_rate": 4,
         "seed": 0,
-        "num_workers": 4,
+        "num_workers": None,
         "sampling_loss_weight": 1e-4,
     }
     assert {name: getattr(args, name) for name in expected} == expected
