@@ -76,7 +76,11 @@ class DeepSpeedEngine(Engine):
             "gradient_accumulation_steps": self.update_freq,
             "gradient_clipping": self.clip_grad or 0.0,
             **({"communication_data_type": "bf16"} if compress else {}),
-            "zero_optimization": {"stage": zero_stage, "reduce_bucket_size": 50_000_000},  # 200 MB
+            "zero_optimization": {
+                "stage": zero_stage,
+                "reduce_bucket_size": 50_000_000,  # 200 MB
+                "overlap_comm": True,  # with the backward pass; releases before the pinned one had races in it
+            },
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
             "timers": {"throughput": {"enabled": False}},  # it would synchronise the device in every step
