@@ -94,7 +94,8 @@ launch() {
     share_batch
 
     command+=("$program" --data_path "$DATA_PATH" --output_dir "$OUTPUT_DIR" --log_dir "$OUTPUT_DIR")
-    command+=(--batch_size "$BATCH_SIZE" --update_freq "$update_freq" "$@")
+    # No recipe is meant for the CPU, which the program's --device auto takes where a driver is missing.
+    command+=(--device cuda --batch_size "$BATCH_SIZE" --update_freq "$update_freq" "$@")
     if [[ -n ${SEED:-} ]]; then command+=(--seed "$SEED"); fi
     echo "$RECIPE: $batch" >&2
     if [[ -n ${DRY_RUN:-} ]]; then

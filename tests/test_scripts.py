@@ -226,6 +226,12 @@ def test_arguments_and_environment_override_the_recipe(tmp_path):
     assert (args.data_path, args.output_dir, args.log_dir) == ("a list.csv", str(out), str(out))
 
 
+@of_every(*PRETRAINING, *FINETUNING, *PROBES, *EVALUATIONS)
+def test_recipe_needs_a_gpu_unless_told_otherwise(recipe):
+    assert parsed(recipe).device == "cuda"
+    assert parsed(recipe, "--device", "cpu").device == "cpu"
+
+
 def test_seed_of_the_environment_has_its_own_folder():
     args = parsed(ADAMAE, SEED=3)
     assert (args.seed, Path(args.output_dir).name) == (3, "pretrain_adamae_base_800e-seed3")
@@ -311,7 +317,9 @@ def test_launch_starts_the_processes(tmp_path):
     )
     done = run(recipe, "--more", DATA_PATH="train.csv", OUTPUT_DIR="out", NPROC_PER_NODE=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    expected = "--data_path train.csv --output_dir out --log_dir out --batch_size 2 --update_freq 2 --more"
+    expected = (
+        "--data_path train.csv --output_dir out --log_dir out --device cuda --batch_size 2 --update_freq 2 --more"
+    )
     assert {path.name: path.read_text() for path in tmp_path.glob("* of *")} == {"0 of 2": expected, "1 of 2": expected}
 
 
