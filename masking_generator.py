@@ -124,11 +124,13 @@ class Rule(NamedTuple):
 RULES = {
     "adaptive": Rule(adaptive_visible, floor_visible, adaptive=True),
     "random": Rule(random_visible, floor_masked),
+    "agnostic": Rule(random_visible, floor_visible),  # as "random", with the rounding of MAE-ST
     "tube": Rule(tube_visible, floor_masked_tubes),
     "frame": Rule(frame_visible, floor_masked_frames),
     "block": Rule(block_visible, floor_masked, more_draws=BLOCK_DRAWS),
 }
-ALIASES = {"learnable": "adaptive"}  # the published AdaMAE code's name
+# the name in the published code of AdaMAE, and MAE-ST's names of tube and frame masking
+ALIASES = {"learnable": "adaptive", "space_only": "tube", "time_only": "frame"}
 
 
 def visible_count(mask_type: str, mask_ratio: float, window: Window) -> int:

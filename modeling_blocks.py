@@ -1,4 +1,4 @@
-"""Parts of the video ViTs: tubelet embedding, fixed positions, transformer blocks."""
+"""Parts of the video ViTs: tubelet embedding, positions, transformer blocks."""
 
 from functools import partial
 
@@ -6,11 +6,13 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.models import beit
 from timm.models.beit import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling_attention import Attention, SeparateAttention
+from attention import attend
+from utils import SettingError
 
 TUBELET = 2  # frames per token, in every published model
 
@@ -48,6 +50,64 @@ POSITIONS = {
 }
 
 
+POSITION_KINDS = (*POSITIONS, "learnable", "separable")
+
+
+class WithPositions(nn.Module):
+    """Base of the modules that add positions and perhaps a class token to tokens, under the published names.
+
+    Kinds: "sinusoid_1d" or "sinusoid_3d", fixed; "learnable", one table that starts as the 1-D sinusoid; "separable",
+    the sum of a learnable table over time and one over space (MAE-ST). With learnable ones the class token has a
+    position of its own.
+    """
+
+    def create_positions(self, kind: str, *, window: tuple[int, int, int], dim: int, class_token: bool) -> None:
+        """Adds the tables for a window (T',H',W') of tokens, and the class token.
+
+        Raises:
+            SettingError: unknown kind.
+        """
+        t, h, w = window
+        rows = int(class_token)  # the class token's, in front
+        self.pos_kind = kind
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
+        if kind == "separable":
+            self.pos_embed_spatial = nn.Parameter(torch.zeros(1, h * w, dim))
+            self.pos_embed_temporal = nn.Parameter(torch.zeros(1, t, dim))
+            self.pos_embed_class = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
+        elif kind in POSITION_KINDS:
+            fixed = "sinusoid_1d" if kind == "learnable" else kind
+            table = F.pad(POSITIONS[fixed](window, dim), (0, 0, rows, 0))[None]  # (1,[1+]N,D)
+            if kind == "learnable":
+                self.pos_embed = nn.Parameter(table)
+            else:
+                self.register_buffer("positions", table, persistent=False)
+        else:
+            choices = ", ".join(POSITION_KINDS)
+            raise SettingError(f"--pos_embed {kind}: no such positions; choose one of {choices}")
+
+    def position_table(self) -> Tensor:
+        """Positions of the tokens: (1,N,D), or (1,1+N,D) with the class token's row in front."""
+        if self.pos_kind != "separable":
+            return self.pos_embed if self.pos_kind == "learnable" else self.positions
+        grid = self.pos_embed_temporal[:, :, None] + self.pos_embed_spatial[:, None]  # (1,T',H'W',D)
+        table = grid.flatten(1, 2)  # (1,N,D)
+        return table if self.pos_embed_class is None else torch.cat([self.pos_embed_class, table], dim=1)
+
+    def add_positions(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        """Adds positions to tokens (B,n,D) that stand at `index` (B,n), by default to all N; class token in front."""
+        table = self.position_table()  # (1,[1+]N,D)
+        tokens = self.without_class_token(table)  # (1,N,D)
+        x = x + (tokens if index is None else gather_tokens(tokens[0], index))  # (B,n,D)
+        if self.cls_token is None:
+            return x
+        return torch.cat([(self.cls_token + table[:, :1]).expand(len(x), -1, -1), x], dim=1)  # (B,1+n,D)
+
+    def without_class_token(self, x: Tensor) -> Tensor:
+        """(B,[1+]n,D) -> (B,n,D)."""
+        return x if self.cls_token is None else x[:, 1:]
+
+
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """The rows of tokens (B,N,D), or of a table (N,D), at an index (B,n): (B,n,D)."""
     return x[index] if x.ndim == 2 else x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
@@ -68,6 +128,54 @@ class TubeletEmbed(nn.Module):
         f, p, q = self.proj.kernel_size
         tubelets = rearrange(clip, "b c (t f) (h p) (w q) -> b (t h w) (c f p q)", f=f, p=p, q=q)  # (B,N,3*f*p*q)
         return F.linear(tubelets, self.proj.weight.flatten(1), self.proj.bias)  # (B,N,D)
+
+
+class Attention(nn.Module):
+    """Self-attention (B,N,D) -> (B,N,D) with one projection of query, key and value, and no key bias.
+
+    Its gradients come back in the projection's own layout; timm's attention copies them twice more.
+
+    Args:
+        attention: timm's, whose layers and names it takes over.
+    """
+
+    def __init__(self, attention: beit.Attention):
+        super().__init__()
+        self.heads, self.attn_drop = attention.num_heads, attention.attn_drop.p
+        self.q_bias, self.v_bias = attention.q_bias, attention.v_bias
+        self.qkv, self.proj, self.proj_drop = attention.qkv, attention.proj, attention.proj_drop
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: None = None) -> Tensor:
+        bias = None
+        if self.q_bias is not None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # (3D)
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.heads, -1))  # (B,N,3,heads,d)
+        x = attend(*qkv.unbind(2), drop=self.attn_drop if self.training else 0.0)  # (B,N,D)
+        return self.proj_drop(self.proj(x))
+
+    def tie_keys(self) -> None:
+        """Makes keys equal to queries, so that each token attends to tokens like itself."""
+        query, key, _ = self.qkv.weight.data.chunk(3)
+        key.copy_(query)
+
+
+class SeparateAttention(nn.Module):
+    """Self-attention (B,N,D) -> (B,N,D) with separate, biased projections of query, key and value (MAE-ST)."""
+
+    def __init__(self, *, dim: int, heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0):
+        super().__init__()
+        self.heads, self.attn_drop = heads, attn_drop
+        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: None = None) -> Tensor:
+        q, k, v = (project(x).unflatten(2, (self.heads, -1)) for project in (self.q, self.k, self.v))  # (B,N,heads,d)
+        x = attend(q, k, v, drop=self.attn_drop if self.training else 0.0)  # (B,N,D)
+        return self.proj_drop(self.proj(x))
+
+    def tie_keys(self) -> None:
+        """As `Attention.tie_keys`."""
+        self.k.weight.data.copy_(self.q.weight.data)
 
 
 class Mlp(nn.Module):
@@ -140,3 +248,21 @@ class Blocks(nn.ModuleList):
         for block in self:
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)  # (B,N,D)
         return x
+
+
+def name_weights(model: nn.Module, names: tuple[tuple[str, str], ...]) -> None:
+    """Lets a model save and load its weights under other names.
+
+    Args:
+        names: pairs of starts of names, the model's own and the other; the first that fits a name counts.
+    """
+
+    def rename(tensors: dict[str, Tensor], prefix: str, pairs: tuple[tuple[str, str], ...]) -> None:
+        for name in [name for name in tensors if name.startswith(prefix)]:
+            rest = name.removeprefix(prefix)
+            old, new = next(((old, new) for old, new in pairs if rest.startswith(old)), ("", ""))
+            tensors[prefix + new + rest.removeprefix(old)] = tensors.pop(name)
+
+    back = tuple((new, old) for old, new in names)
+    model.register_state_dict_post_hook(lambda module, tensors, prefix, metadata: rename(tensors, prefix, names))
+    model.register_load_state_dict_pre_hook(lambda module, tensors, prefix, *rest: rename(tensors, prefix, back))

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling_blocks import POSITIONS, TUBELET, Blocks, TubeletEmbed
+from modeling_blocks import TUBELET, Blocks, TubeletEmbed, WithPositions
 from utils import SettingError
 
 
@@ -95,10 +94,7 @@ def token_grid(num_frames: int, input_size: int, patch: int, tubelet: int = TUBE
     return num_frames // tubelet, input_size // patch, input_size // patch
 
 
-CLASSIFIER_POSITIONS = (*POSITIONS, "learnable", "separable")
-
-
-class VisionTransformer(nn.Module):
+class VisionTransformer(WithPositions):
     """The classifier of AdaMAE, VideoMAE and MAE-ST: clip (B,3,T,H,W) -> logits (B,classes).
 
     Parameter names are those of the published checkpoints.
@@ -113,8 +109,7 @@ class VisionTransformer(nn.Module):
             of events. Not in the papers.
         class_token: put a learnable token in front of the clip's.
         encoder_norm: normalise the mean by the encoder's own `norm` (MAE-ST), not by a fresh `fc_norm`.
-        pos_embed: "sinusoid_1d" or "sinusoid_3d", fixed; "learnable", one table that starts as the 1-D sinusoid;
-            "separable", the sum of a learnable table over time and one over space.
+        pos_embed: a kind of `WithPositions`.
         block_settings: keyword arguments of `Blocks`.
 
     Raises:
@@ -141,11 +136,10 @@ class VisionTransformer(nn.Module):
     ):
         super().__init__()
         self.window, self.patch, self.dim, self.depth = window, patch, size.dim, size.depth
-        self.heads, self.mean_pooling, self.pos_kind = size.heads, mean_pooling, pos_embed
+        self.heads, self.mean_pooling = size.heads, mean_pooling
         self.slots = window[0] if slot_pooling else 1
         self.patch_embed = TubeletEmbed(patch=patch, dim=size.dim, tubelet=tubelet)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, size.dim)) if class_token else None
-        self._create_positions()
+        self.create_positions(pos_embed, window=window, dim=size.dim, class_token=class_token)
         self.pos_drop = nn.Dropout(drop)
         self.blocks = Blocks(dim=size.dim, depth=size.depth, heads=size.heads, drop=drop, **block_settings)
         norm = nn.LayerNorm(size.dim, eps=1e-6)
@@ -153,24 +147,6 @@ class VisionTransformer(nn.Module):
         self.fc_drop = nn.Dropout(fc_drop)
         self.head = nn.Linear(size.dim * self.slots, num_classes)
         self._initialise(init_scale)
-
-    def _create_positions(self) -> None:
-        t, h, w = self.window
-        rows = 0 if self.cls_token is None else 1  # the class token's, in front
-        if self.pos_kind == "separable":
-            self.pos_embed_spatial = nn.Parameter(torch.zeros(1, h * w, self.dim))
-            self.pos_embed_temporal = nn.Parameter(torch.zeros(1, t, self.dim))
-            self.pos_embed_class = nn.Parameter(torch.zeros(1, 1, self.dim)) if rows else None
-        elif self.pos_kind in CLASSIFIER_POSITIONS:
-            fixed = "sinusoid_1d" if self.pos_kind == "learnable" else self.pos_kind
-            table = F.pad(POSITIONS[fixed](self.window, self.dim), (0, 0, rows, 0))[None]  # (1,[1+]N,D)
-            if self.pos_kind == "learnable":
-                self.pos_embed = nn.Parameter(table)
-            else:
-                self.register_buffer("positions", table, persistent=False)
-        else:
-            choices = ", ".join(CLASSIFIER_POSITIONS)
-            raise SettingError(f"--pos_embed {self.pos_kind}: no such positions; choose one of {choices}")
 
     def _initialise(self, init_scale: float) -> None:
         for module in self.modules():
@@ -202,29 +178,16 @@ class VisionTransformer(nn.Module):
 
         return {name: layer(name) for name, _ in self.named_parameters()}
 
-    def position_table(self) -> Tensor:
-        """Positions of the tokens: (1,N,D), or (1,1+N,D) with the class token's row in front."""
-        if self.pos_kind != "separable":
-            return self.pos_embed if self.pos_kind == "learnable" else self.positions
-        grid = self.pos_embed_temporal[:, :, None] + self.pos_embed_spatial[:, None]  # (1,T',H'W',D)
-        table = grid.flatten(1, 2)  # (1,N,D)
-        return table if self.pos_embed_class is None else torch.cat([self.pos_embed_class, table], dim=1)
-
     def _encode(self, clip: Tensor) -> Tensor:
-        x = self.patch_embed(clip)  # (B,N,D)
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B,1+N,D)
-        return self.blocks(self.pos_drop(x + self.position_table()))  # (B,[1+]N,D)
-
-    def _without_class_token(self, x: Tensor) -> Tensor:
-        return x if self.cls_token is None else x[:, 1:]
+        x = self.add_positions(self.patch_embed(clip))  # (B,[1+]N,D)
+        return self.blocks(self.pos_drop(x))  # (B,[1+]N,D)
 
     def forward_tokens(self, clip: Tensor) -> Tensor:
         """Tokens after the last block, without class token and norm: clip (B,3,T,H,W) -> (B,N,D), in (t,h,w) order.
 
         `final_norm` brings a mean over them to the scale of `forward_features`.
         """
-        return self._without_class_token(self._encode(clip))
+        return self.without_class_token(self._encode(clip))
 
     def final_norm(self, x: Tensor) -> Tensor:
         """LayerNorm between pooling and head: (...,D) -> (...,D)."""
@@ -235,7 +198,7 @@ class VisionTransformer(nn.Module):
         x = self._encode(clip)  # (B,[1+]N,D)
         if not self.mean_pooling:
             return self.final_norm(x[:, 0])  # (B,D)
-        slots = self._without_class_token(x).unflatten(1, (self.slots, -1)).mean(2)  # (B,T' or 1,D)
+        slots = self.without_class_token(x).unflatten(1, (self.slots, -1)).mean(2)  # (B,T' or 1,D)
         return self.final_norm(slots).flatten(1)  # (B,D) or (B,T'*D)
 
     def forward(self, clip: Tensor) -> Tensor:

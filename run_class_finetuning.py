@@ -17,7 +17,8 @@ from datasets import DATA_SETS, FRAME_RULES, DataSet, resolve_data_set
 from engine_for_finetuning import finetune
 from evaluation import FUSIONS, test
 from loaders import build_finetuning_loaders
-from modeling_finetune import CLASSIFIER_POSITIONS, CLASSIFIERS, colour_statistics, parse_model_name, token_grid
+from modeling_blocks import POSITION_KINDS
+from modeling_finetune import CLASSIFIERS, colour_statistics, parse_model_name, token_grid
 from probes import build_classifier
 from runs.assembly import Session, build_engine, build_run, build_schedule, open_session
 from runs.best import BestCheckpoint, resume_best
@@ -43,7 +44,7 @@ def get_args_parser() -> Flags:
     add("--tubelet_size", default=2, type=int, valid=AT_LEAST_ONE, help="frames of a tubelet")
     add("--input_size", default=None, type=int, valid=AT_LEAST_ONE,
         help="side of the clip in pixels (default: the model's)")
-    add("--pos_embed", default=None, choices=list(CLASSIFIER_POSITIONS),
+    add("--pos_embed", default=None, choices=list(POSITION_KINDS),
         help="positions (default: those that --finetune was trained with, else the model's)")
     add("--drop", default=0.0, type=float, valid=BELOW_ONE, help="dropout after positions, attention and MLP")
     add("--attn_drop_rate", default=0.0, type=float, valid=BELOW_ONE, help="dropout of attention weights")

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from augment import COLOUR_STATISTICS, normalize
 from modeling_blocks import TUBELET, gather_tokens
 from utils import SettingError
 
@@ -61,8 +62,8 @@ class Target:
     error_note = "mean square"  # caption of the error's panel
     error_top: float | None = None  # end of the error's colour scale; None: the largest error of the clips
 
-    def __init__(self, *, patch: int, normalize: bool = True):
-        self.patch, self.normalize = patch, normalize
+    def __init__(self, *, patch: int, normalize: bool = True, num_frames: int = 16):
+        self.patch, self.normalize, self.num_frames = patch, normalize, num_frames
 
     def __call__(self, pixels: Tensor, masked: Tensor) -> Tensor:
         """The target of the masked tokens (B,Nm) int64 of clips (B,3,T,H,W) float32 in [0,1].
@@ -90,45 +91,88 @@ class Target:
 
 
 class Pixels(Target):
-    """Pixels, each token and channel standardised by its own mean and deviation, or raw (AdaMAE section 3.2)."""
+    """Pixels, each token standardised by its own mean and deviation, or raw.
 
-    def __init__(self, *, patch: int, normalize: bool = True):
-        super().__init__(patch=patch, normalize=normalize)
-        self.width = TUBELET * patch * patch * 3
+    Args:
+        joint: as MAE-ST (section 3): pixels of the model's normalised input, standardised over all channels together.
+            Otherwise, as AdaMAE (section 3.2) and VideoMAE, pixels in [0,1], each channel standardised on its own.
+        num_frames: frames of a clip, T.
+        pred_t_dim: how many of them are predicted, evenly spread (MAE-ST); None: all.
+
+    Raises:
+        SettingError: the predicted frames do not divide among the tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        patch: int,
+        normalize: bool = True,
+        joint: bool = False,
+        num_frames: int = 16,
+        pred_t_dim: int | None = None,
+    ):
+        super().__init__(patch=patch, normalize=normalize, num_frames=num_frames)
+        shown, slots = pred_t_dim or num_frames, num_frames // TUBELET
+        if shown % slots or shown > num_frames:
+            asked = f"a multiple of the clip's {slots} time slots, at most its {num_frames} frames"
+            raise SettingError(f"--pred_t_dim {pred_t_dim} must be {asked}")
+        self.joint, self.tubelet = joint, shown // slots
+        self.frames = None if shown == num_frames else [i * (num_frames - 1) // max(1, shown - 1) for i in range(shown)]
+        self.width = self.tubelet * patch * patch * 3
         self.prediction_note = "patch mean and std from the original" if normalize else "raw pixels"
         space = "normalised pixels (1: patch mean alone)" if normalize else "raw pixels"
         self.error_note = f"mean square over {space}"
         self.error_top = 2.0 if normalize else None
 
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        """The values of all tokens before they are standardised: (B,3,T,H,W) -> (B,N,width)."""
+        pixels = pixels if self.frames is None else pixels[:, :, self.frames]
+        if self.joint:
+            pixels = normalize(pixels, *COLOUR_STATISTICS["mae_st"])
+        return patchify(pixels, self.patch, self.tubelet)
+
+    def _statistics(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and deviations of tokens (B,n,width), as (B,n,1,3), or (B,n,1,1) jointly."""
+        if not self.joint:
+            return patch_statistics(tokens)
+        mean, var = tokens.mean(2), tokens.var(2)
+        return mean[:, :, None, None], (var + 1e-6).sqrt()[:, :, None, None]
+
     def __call__(self, pixels: Tensor, masked: Tensor) -> Tensor:
-        tokens = gather_tokens(patchify(pixels, self.patch), masked)  # (B,Nm,P)
-        if not self.normalize:
-            return tokens
-        mean, std = patch_statistics(tokens)
-        rearrange(tokens, "b n (x c) -> b n x c", c=3).sub_(mean).div_(std)  # a view: in place
+        tokens = gather_tokens(self._tokens(pixels), masked)  # (B,Nm,width)
+        if self.normalize:
+            mean, std = self._statistics(tokens)
+            rearrange(tokens, "b n (x c) -> b n x c", c=3).sub_(mean).div_(std)  # a view: in place
         return tokens
 
     def to_pixels(self, prediction: Tensor, pixels: Tensor) -> Tensor:
-        """Normalised predictions get the statistics of the original patch, which a masked model can't know."""
-        if not self.normalize:
-            return prediction
-        mean, std = patch_statistics(patchify(pixels, self.patch))
-        tokens = rearrange(prediction, "b n (x c) -> b n x c", c=3) * std + mean
-        return rearrange(tokens, "b n x c -> b n (x c)")  # (B,N,P)
+        """Normalised predictions get the statistics of the original patch, which a masked model can't know.
+
+        Frames that are not predicted show the prediction of the one before them.
+        """
+        if self.normalize:
+            mean, std = self._statistics(self._tokens(pixels))
+            prediction = (rearrange(prediction, "b n (x c) -> b n x c", c=3) * std + mean).flatten(2)
+        if self.joint:
+            means, deviations = (prediction.new_tensor(x) for x in COLOUR_STATISTICS["mae_st"])
+            prediction = (rearrange(prediction, "b n (x c) -> b n x c", c=3) * deviations + means).flatten(2)
+        frames = prediction.unflatten(2, (self.tubelet, -1))  # (B,N,predicted frames a token,p*p*3)
+        return frames.repeat_interleave(TUBELET // self.tubelet, dim=2).flatten(2)  # (B,N,P)
 
 
 TARGETS: dict[str, type[Target]] = {"pixels": Pixels}
 
 
-def create_target(name: str, *, patch: int, normalize: bool = True) -> Target:
-    """Builds a target of `TARGETS`.
+def create_target(name: str, *, patch: int, normalize: bool = True, **settings) -> Target:
+    """Builds a target of `TARGETS`; `settings` are the class's own.
 
     Raises:
-        SettingError: there is no such target.
+        SettingError: there is no such target, or it can't have these settings.
     """
     if name not in TARGETS:
         raise SettingError(f"--target {name}: no such target; choose one of {', '.join(TARGETS)}")
-    return TARGETS[name](patch=patch, normalize=normalize)
+    return TARGETS[name](patch=patch, normalize=normalize, **settings)
 
 
 def trained_target(settings: dict, flags: dict, *, patch: int) -> Target:
@@ -137,7 +181,8 @@ def trained_target(settings: dict, flags: dict, *, patch: int) -> Target:
     Files of others have no model settings; the run's flags have our names or those of the published code.
     """
     normalize = flags.get("normalize_target", flags.get("normlize_target", True))
-    return create_target(settings.get("target", "pixels"), patch=patch, normalize=normalize)
+    own = settings.get("target_settings", {})
+    return create_target(settings.get("target", "pixels"), patch=patch, normalize=normalize, **own)
 
 
 class PretrainOutput(NamedTuple):

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import modeling_attention
+import modeling_blocks
 from augment import IMAGENET_MEAN, IMAGENET_STD, normalize, to_pixels
 from modeling_blocks import TubeletEmbed
 from targets import patchify
 
 
 def attention_written_out(q: Tensor, k: Tensor, v: Tensor, *, drop: float = 0.0) -> Tensor:
-    """As `modeling_attention.attend`, with all N x N weights in memory."""
+    """As `attention.attend`, with all N x N weights in memory."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     weights = F.dropout((q * q.shape[3] ** -0.5 @ k.mT).softmax(3), drop)  # (B,heads,N,N)
     return (weights @ v).transpose(1, 2).flatten(2)
@@ -23,7 +23,7 @@ def attention_written_out(q: Tensor, k: Tensor, v: Tensor, *, drop: float = 0.0)
 
 def use_published_kernels() -> None:
     """Makes every model of this process compute attention and embedding the published way."""
-    modeling_attention.attend = attention_written_out
+    modeling_blocks.attend = attention_written_out
     TubeletEmbed.forward = lambda self, clip: self.proj(clip).flatten(2).transpose(1, 2)
 
 
@@ -62,12 +62,13 @@ def published_forward(model: nn.Module, clip: Tensor) -> tuple[Tensor, Tensor, T
     probs = encoder.get_token_probs(tokens + encoder.pos_embed_probs).squeeze(2).float().nan_to_num().softmax(1)
     mask = torch.ones(probs.shape, dtype=torch.bool, device=clip.device)
     mask.scatter_(1, torch.multinomial(probs, model.masking.num_visible), False)
-    x = (tokens + encoder.positions.type_as(tokens).to(clip.device).clone())[~mask].reshape(batch, -1, dim)
+    x = (tokens + encoder.positions[0].type_as(tokens).to(clip.device).clone())[~mask].reshape(batch, -1, dim)
     x = model.encoder_to_decoder(encoder.norm(encoder.blocks(x)))
-    places = model.positions.expand(batch, -1, -1).type_as(x).to(clip.device).clone()
+    places = model.decoder.positions.expand(batch, -1, -1).type_as(x).to(clip.device).clone()
     seen, hidden = (places[chosen].reshape(batch, -1, x.shape[2]) for chosen in (~mask, mask))
     full = torch.cat([x + seen, model.mask_token + hidden], 1)
-    return model.decoder(full, hidden.shape[1]), probs, mask
+    decoder = model.decoder
+    return decoder.head(decoder.norm(decoder.blocks(full)[:, -hidden.shape[1] :])), probs, mask
 
 
 def published_loss(prediction: Tensor, probs: Tensor, mask: Tensor, target: Tensor) -> Tensor:

@@ -80,7 +80,9 @@ def predict_all(
         out = model(clip, visible)
     finally:
         hook.remove()
-    predicted = model.decoder.head(model.decoder.norm(features[0]))  # (B,N,width), visible tokens first
+    decoder = model.decoder
+    tokens = decoder.without_class_token(features[0])  # (B,N,D')
+    predicted = decoder.head(decoder.norm(tokens))  # (B,N,width), visible tokens first
     order = torch.cat([out.visible, out.masked], dim=1)[:, :, None].expand_as(predicted)
     return out, torch.empty_like(predicted).scatter_(1, order, predicted)
 

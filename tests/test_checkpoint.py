@@ -175,7 +175,7 @@ def test_our_checkpoint_rebuilds_its_model_with_changes(tmp_path):
     save_checkpoint(tmp_path / "a.pth", {"model": model.state_dict(), "model_settings": settings})
     loaded = load_pretrain_model(load_weights(tmp_path / "a.pth"), mask_ratio=0.5)
     assert loaded.window == (4, 4, 4) and loaded.masking.num_visible == 32
-    assert torch.equal(loaded.positions, model.positions)
+    assert torch.equal(loaded.decoder.positions, model.decoder.positions)
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,8 @@ import torch.nn.functional as F
 from golden import cases, needs_golden, table, tensors, under
 from golden import manifest as golden_manifest
 
-from modeling_blocks import Blocks
-from modeling_finetune import (
-    CLASSIFIER_POSITIONS,
-    CLASSIFIERS,
-    MAE_ST,
-    SIZES,
-    Size,
-    VisionTransformer,
-    create_classifier,
-)
+from modeling_blocks import POSITION_KINDS, Blocks
+from modeling_finetune import CLASSIFIERS, MAE_ST, SIZES, Size, VisionTransformer, create_classifier
 from probes import Probe, make_probe
 
 TINY, TINY_MAE_ST = "vit_tiny_patch8_64", "vit_tiny_mae_st_patch8_64"
@@ -196,7 +188,7 @@ def clips(batch: int = 2, num_frames: int = 8, input_size: int = 16) -> torch.Te
 
 
 @pytest.mark.parametrize("name", [TINY, TINY_MAE_ST])
-@pytest.mark.parametrize("pos_embed", [None, *CLASSIFIER_POSITIONS])
+@pytest.mark.parametrize("pos_embed", [None, *POSITION_KINDS])
 @pytest.mark.parametrize(("input_size", "num_frames", "tubelet"), [(32, 2, 2), (24, 12, 4), (8, 16, 1)])
 def test_any_size_number_of_frames_and_positions(name, pos_embed, input_size, num_frames, tubelet):
     model = tiny(name, input_size=input_size, num_frames=num_frames, tubelet=tubelet, pos_embed=pos_embed)

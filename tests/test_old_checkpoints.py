@@ -48,7 +48,7 @@ def nano(monkeypatch):
     size = modeling_finetune.Size(dim=16, depth=1, heads=2, decoder_dim=8, decoder_heads=1)
     monkeypatch.setitem(modeling_finetune.SIZES, "nano", size)
     monkeypatch.setitem(modeling_finetune.CLASSIFIERS, "vit_nano_patch8_64", modeling_finetune.VIDEOMAE)
-    names = modeling_pretrain.PRETRAIN_MODELS | {"pretrain_videomae_nano_patch8_64"}
+    names = modeling_pretrain.PRETRAIN_MODELS | {"pretrain_videomae_nano_patch8_64": modeling_pretrain.VIDEOMAE}
     monkeypatch.setattr(modeling_pretrain, "PRETRAIN_MODELS", names)
     monkeypatch.setattr(run_mae_pretraining, "PRETRAIN_MODELS", names)
 

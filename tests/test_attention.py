@@ -4,9 +4,9 @@ import pytest
 import torch
 from timm.models import beit
 
-import modeling_attention
-from modeling_attention import Attention, RowBlocks, attend
-from modeling_blocks import TubeletEmbed
+import attention
+from attention import RowBlocks, attend
+from modeling_blocks import Attention, TubeletEmbed
 
 
 def written_out(q, k, v):
@@ -23,7 +23,7 @@ def value_and_gradients(function, *inputs):
 
 @pytest.mark.parametrize("tokens", [1, 7, 64, 100])
 def test_attention_in_row_blocks_is_the_formula(tokens, monkeypatch):
-    monkeypatch.setattr(modeling_attention, "ROWS", 32)  # several blocks, and a last one that is shorter
+    monkeypatch.setattr(attention, "ROWS", 32)  # several blocks, and a last one that is shorter
     torch.manual_seed(0)
     qkv = [torch.randn(2, 3, tokens, 8, dtype=torch.float64) for _ in range(3)]
     ours = value_and_gradients(RowBlocks.apply, *qkv)
@@ -32,7 +32,7 @@ def test_attention_in_row_blocks_is_the_formula(tokens, monkeypatch):
 
 
 def test_attention_in_bfloat16_is_as_close_to_float32_as_the_published_way(monkeypatch):
-    monkeypatch.setattr(modeling_attention, "ROWS", 32)
+    monkeypatch.setattr(attention, "ROWS", 32)
     torch.manual_seed(0)
     qkv = [torch.randn(2, 3, 80, 8).bfloat16() for _ in range(3)]
 

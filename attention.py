@@ -1,11 +1,10 @@
-"""Self-attention of the video ViTs, with the fastest exact kernel for each device and type."""
+"""Softmax attention, with the fastest exact kernel for each device and type."""
 
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from timm.models import beit
-from torch import Tensor, nn
+from torch import Tensor
 
 ROWS = 392  # queries whose scores are computed at once: with 1568 keys they fit into a core's cache
 FEW_THREADS = 4  # more of them would idle in `RowBlocks`, whose products are small
@@ -72,42 +71,3 @@ def row_blocks(q: Tensor) -> Iterator[tuple[int, int, slice]]:
         for head in range(heads):
             for start in range(0, n, ROWS):
                 yield clip, head, slice(start, start + ROWS)
-
-
-class Attention(nn.Module):
-    """Self-attention (B,N,D) -> (B,N,D) with one projection of query, key and value, and no key bias.
-
-    Its gradients come back in the projection's own layout; timm's attention copies them twice more.
-
-    Args:
-        attention: timm's, whose layers and names it takes over.
-    """
-
-    def __init__(self, attention: beit.Attention):
-        super().__init__()
-        self.heads, self.attn_drop = attention.num_heads, attention.attn_drop.p
-        self.q_bias, self.v_bias = attention.q_bias, attention.v_bias
-        self.qkv, self.proj, self.proj_drop = attention.qkv, attention.proj, attention.proj_drop
-
-    def forward(self, x: Tensor, shared_rel_pos_bias: None = None) -> Tensor:
-        bias = None
-        if self.q_bias is not None:
-            bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # (3D)
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.heads, -1))  # (B,N,3,heads,d)
-        x = attend(*qkv.unbind(2), drop=self.attn_drop if self.training else 0.0)  # (B,N,D)
-        return self.proj_drop(self.proj(x))
-
-
-class SeparateAttention(nn.Module):
-    """Self-attention (B,N,D) -> (B,N,D) with separate, biased projections of query, key and value (MAE-ST)."""
-
-    def __init__(self, *, dim: int, heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0):
-        super().__init__()
-        self.heads, self.attn_drop = heads, attn_drop
-        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor, shared_rel_pos_bias: None = None) -> Tensor:
-        q, k, v = (project(x).unflatten(2, (self.heads, -1)) for project in (self.q, self.k, self.v))  # (B,N,heads,d)
-        x = attend(q, k, v, drop=self.attn_drop if self.training else 0.0)  # (B,N,D)
-        return self.proj_drop(self.proj(x))
