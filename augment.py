@@ -27,11 +27,6 @@ COLOUR_STATISTICS = {
 }
 
 
-def pretraining_colours(imagenet: bool) -> Colours:
-    """The colour statistics of AdaMAE's and VideoMAE's input; False takes a mean and deviation of 0.5."""
-    return COLOUR_STATISTICS["imagenet" if imagenet else "half"]
-
-
 def to_pixels(clips: Tensor) -> Tensor:
     """Turns uint8 of any shape into float32 pixels in [0,1] on the same device."""
     return clips.to(torch.float32).div_(255)

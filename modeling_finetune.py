@@ -75,9 +75,8 @@ def parse_model_name(name: str, known: Collection[str]) -> tuple[Size, int, int]
     return SIZES[size], int(patch), int(img)
 
 
-def colour_statistics(name: str, *, imagenet: bool = True) -> str:
-    """Key of `augment.COLOUR_STATISTICS` for a classifier's input; without `imagenet`, 0.5 replaces ImageNet's."""
-    statistics = CLASSIFIERS[name].statistics
+def colour_statistics(statistics: str, *, imagenet: bool = True) -> str:
+    """Key of `augment.COLOUR_STATISTICS` for the input of a family; without `imagenet`, 0.5 replaces ImageNet's."""
     return "half" if statistics == "imagenet" and not imagenet else statistics
 
 

@@ -26,14 +26,20 @@ class PretrainFamily:
     decoder: tuple[int, int] | None = None  # width and heads, instead of the size's
     target: dict = field(default_factory=dict)  # settings of the target "pixels"
     statistics: str = "imagenet"  # of the input's colours, a key of `augment.COLOUR_STATISTICS`
+    sampling: str = "pretrain"  # of frames, a key of `datasets.FRAME_RULES`
+    crop: str = "multi_scale"  # a key of `clips.transforms.CROPS`
+    schedule: str = "steps"  # see `optim.cosine_schedule`
 
 
-VIDEOMAE = PretrainFamily()  # AdaMAE's models are the same
+VIDEOMAE = PretrainFamily(settings={"pos_embed": "sinusoid_1d", "class_token": False})  # AdaMAE's models are the same
 MAE_ST = PretrainFamily(
     settings={"pos_embed": "separable", "class_token": True, "separate_qkv": True, "like_mae_st": True},
     decoder=(512, 16),
     target={"joint": True, "pred_t_dim": 8},
     statistics="mae_st",
+    sampling="mae_st",
+    crop="mae_st",
+    schedule="epochs",
 )
 PRETRAIN_MODELS = {
     "pretrain_videomae_tiny_patch8_64": VIDEOMAE,
@@ -286,4 +292,6 @@ def create_pretrain_model(
     window = token_grid(num_frames, input_size or img, patch)
     width = create_target(target, patch=patch, num_frames=num_frames, **(target_settings or {})).width
     settings = family.settings | {k: v for k, v in settings.items() if v is not None}
-    return PretrainVisionTransformer(size=size, patch=patch, window=window, target_width=width, **settings)
+    model = PretrainVisionTransformer(size=size, patch=patch, window=window, target_width=width, **settings)
+    model.statistics = family.statistics
+    return model

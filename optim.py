@@ -94,14 +94,25 @@ def create_optimizer(
 
 
 def cosine_schedule(
-    step: int, *, start: float = 0.0, peak: float, final: float, total_steps: int, warmup_steps: int = 0
+    step: int,
+    *,
+    start: float = 0.0,
+    peak: float,
+    final: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    kind: str = "steps",
 ) -> float:
     """The value at optimiser step `step` (from 0): linear warm-up from `start`, then half a cosine.
 
-    The warm-up reaches `peak` at its last step. Past `total_steps` the value stays where the cosine ends.
+    Past `total_steps` the value stays where the cosine ends.
+
+    Args:
+        kind: "steps", AdaMAE and VideoMAE: the warm-up reaches `peak` at its last step; "epochs", MAE-ST, which counts
+            fractional epochs: at the step after it.
     """
     if step < warmup_steps:
-        return start + (peak - start) * step / max(1, warmup_steps - 1)
+        return start + (peak - start) * step / (warmup_steps if kind == "epochs" else max(1, warmup_steps - 1))
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * progress))
 

@@ -36,7 +36,7 @@ from weights.tested import check_same_on_all_ranks, check_tested, find_tested, l
 # fmt: off
 def get_args_parser() -> Flags:
     parser = common_parser("run_class_finetuning.py", __doc__)
-    parser.set_defaults(epochs=30, save_ckpt_freq=100, lr=1e-3, min_lr=1e-6, warmup_epochs=5,
+    parser.set_defaults(schedule="steps", epochs=30, save_ckpt_freq=100, lr=1e-3, min_lr=1e-6, warmup_epochs=5,
                         num_sample=2, train_interpolation="bicubic", color_jitter=0.4)
 
     add = parser.group("model")
@@ -241,7 +241,7 @@ def build_model(args: argparse.Namespace, settings: Settings, report: Callable[[
 
 
 def build_augmentation(args: argparse.Namespace, num_classes: int) -> BatchAugmentation:
-    statistics = colour_statistics(args.model, imagenet=args.imagenet_default_mean_and_std)
+    statistics = colour_statistics(CLASSIFIERS[args.model].statistics, imagenet=args.imagenet_default_mean_and_std)
     return BatchAugmentation(
         COLOUR_STATISTICS[statistics],
         ClipErasing(prob=args.reprob, mode=args.remode, count=args.recount),

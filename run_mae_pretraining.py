@@ -1,4 +1,4 @@
-"""Pre-trains AdaMAE or VideoMAE on a list of videos; PRETRAIN.md has the recipes."""
+"""Pre-trains AdaMAE, VideoMAE or MAE-ST on a list of videos; PRETRAIN.md has the recipes."""
 
 import argparse
 import sys
@@ -8,22 +8,22 @@ from contextlib import ExitStack
 import torch
 from torch.utils.data import DataLoader
 
-from augment import pretraining_colours, to_pixels
+from augment import COLOUR_STATISTICS, to_pixels
 from clips.lists import VideoList, check_readable, read_list
-from clips.transforms import build_pretrain_transform
-from datasets import TrainDataset
+from clips.transforms import CROPS, ClipTransform, build_pretrain_transform
+from datasets import FRAME_RULES, TrainDataset
 from engine_for_pretraining import pretrain
 from loaders import build_training_loader
 from masking_generator import ALIASES, RULES, visible_count
-from modeling_blocks import POSITIONS
-from modeling_finetune import parse_model_name, token_grid
+from modeling_blocks import POSITION_KINDS
+from modeling_finetune import colour_statistics, parse_model_name, token_grid
 from modeling_pretrain import PRETRAIN_MODELS, create_pretrain_model
 from pictures.panels import training_picture
 from pictures.reconstruction import PictureSettings
 from runs import watchdog
 from runs.assembly import Session, build_engine, build_run, build_schedule, open_session
 from runs.engine import Engine
-from runs.flags import AT_LEAST_ONE, BELOW_ONE, ON_OFF, POSITIVE, Flags, check_common, common_parser
+from runs.flags import AT_LEAST_ONE, BELOW_ONE, ON_OFF, POSITIVE, SHARE, Flags, check_common, common_parser
 from runs.program import run_program
 from runs.signals import StopSignals
 from runs.training import TrainingRun
@@ -44,7 +44,11 @@ def get_args_parser() -> Flags:
         help="side of the clip in pixels (default: the model's)")
     add("--drop_path", default=0.0, type=float, valid=BELOW_ONE, help="stochastic depth of encoder and decoder")
     add("--use_checkpoint", action="store_true", help="recompute activations: less memory, more time")
-    add("--pos_embed", default="sinusoid_1d", choices=list(POSITIONS), help="published code: 1d, paper: 3d")
+    add("--decoder_dim", default=None, type=int, valid=AT_LEAST_ONE, help="width of the decoder (default: the model's)")
+    add("--pos_embed", default=None, choices=list(POSITION_KINDS),
+        help="positions (default: the model's; AdaMAE's paper: sinusoid_3d)")
+    add("--class_token", default=None, **ON_OFF, help="give encoder and decoder a class token (default: the model's)")
+    add("--dense_encoder", action="store_true", help="encode all tokens, masked ones as a learned vector (MAE-ST)")
     add("--attn_init", default="xavier", choices=["xavier", "identity"], help="initialisation of attention")
 
     add = parser.group("masking")
@@ -64,13 +68,21 @@ def get_args_parser() -> Flags:
     add("--target", default="pixels", choices=list(TARGETS), help="what is reconstructed")
     add("--normalize_target", "--normlize_target", dest="normalize_target", default=True, **ON_OFF,
         help="normalise each token's target by its own mean and deviation")
+    add("--target_statistics", default=None, choices=["channel", "joint"],
+        help="normalise by channel (AdaMAE, VideoMAE) or all channels jointly (MAE-ST; default: the model's)")
+    add("--pred_t_dim", default=None, type=int, valid=AT_LEAST_ONE,
+        help="frames of a clip that are predicted, evenly spread (default: the model's; MAE-ST: 8, others: all)")
     add("--loss", default="mse", choices=list(ERRORS), help="reconstruction error of a token")
     add("--sampling_loss", default="log", choices=["log", "linear"],
         help="log: -mean(log p * error), published code; linear: -sum(p * error), paper")
     add("--sampling_loss_weight", default=1e-4, type=float, help="weight of the sampling loss")
 
     add = parser.group("clips and pictures")
-    add("--crop", default="multi_scale", choices=["multi_scale", "random_resized"], help="spatial crop")
+    add("--sampling", default=None, choices=list(FRAME_RULES), help="rule for frame indices (default: the model's)")
+    add("--crop", default=None, choices=list(CROPS), help="spatial crop (default: the model's)")
+    add("--crop_scale", default=None, type=float, nargs=2, metavar=("MIN", "MAX"),
+        help="area of a random resized crop, as a share of the frame (default: 0.5 1)")
+    add("--flip", default=None, type=float, valid=SHARE, help="probability of mirroring (default: the crop's)")
     add("--vis_freq", default=20, type=int, neutral=True, help="epochs between pictures; 0: none")
     return parser
 # fmt: on
@@ -89,8 +101,11 @@ def check_settings(args: argparse.Namespace) -> tuple[dict, VideoList]:
     if not args.data_path:
         raise SettingError("--data_path is missing: a text file with one `path [label]` a line (DATASET.md)")
     _, patch, img = parse_model_name(args.model, PRETRAIN_MODELS)
+    take_family_defaults(args)
     window = token_grid(args.num_frames, args.input_size or img, patch)
     visible_count(args.mask_type, args.mask_ratio, window)
+    build_transform(args, args.input_size or img)
+    pixels = {"joint": args.target_statistics == "joint", "pred_t_dim": args.pred_t_dim}
     model_settings = {
         "name": args.model,
         "num_frames": args.num_frames,
@@ -98,7 +113,9 @@ def check_settings(args: argparse.Namespace) -> tuple[dict, VideoList]:
         "mask_type": ALIASES.get(args.mask_type, args.mask_type),
         "mask_ratio": args.mask_ratio,
         "target": args.target,
+        "target_settings": pixels if args.target == "pixels" else {},
         "decoder_depth": args.decoder_depth,
+        "decoder_dim": args.decoder_dim,
         "sampler": {"kind": args.sampler, "width": args.sampler_dim, "depth": args.sampler_depth},
         "sampler_options": {
             "amp": args.sampler_amp,
@@ -107,6 +124,8 @@ def check_settings(args: argparse.Namespace) -> tuple[dict, VideoList]:
             "detach": args.sampler_detach,
         },
         "pos_embed": args.pos_embed,
+        "class_token": args.class_token,
+        "dense_encoder": args.dense_encoder,
         "attn_init": args.attn_init,
         "drop_path": args.drop_path,
         "checkpoint_activations": args.use_checkpoint,
@@ -114,12 +133,38 @@ def check_settings(args: argparse.Namespace) -> tuple[dict, VideoList]:
     return model_settings, read_list(args.data_path, args.data_root)
 
 
+def take_family_defaults(args: argparse.Namespace) -> None:
+    """Gives the flags that are not given the values of the model's family."""
+    family = PRETRAIN_MODELS[args.model]
+    defaults = {
+        "pos_embed": family.settings["pos_embed"],
+        "class_token": family.settings["class_token"],
+        "target_statistics": "joint" if family.target.get("joint") else "channel",
+        "pred_t_dim": family.target.get("pred_t_dim"),
+        "sampling": family.sampling,
+        "crop": family.crop,
+        "schedule": family.schedule,
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def build_transform(args: argparse.Namespace, size: int) -> ClipTransform:
+    return build_pretrain_transform(
+        args.crop,
+        size=size,
+        interpolation=args.train_interpolation,
+        color_jitter=args.color_jitter,
+        scale=args.crop_scale,
+        flip=args.flip,
+    )
+
+
 def build_loader(session: Session, videos: VideoList, size: int) -> DataLoader:
     args = session.args
-    transform = build_pretrain_transform(
-        args.crop, size=size, interpolation=args.train_interpolation, color_jitter=args.color_jitter
-    )
-    clips = session.clips(sampling="pretrain", num_frames=args.num_frames)
+    transform = build_transform(args, size)
+    clips = session.clips(sampling=args.sampling, num_frames=args.num_frames)
     return build_training_loader(TrainDataset(videos=videos, transform=transform, settings=clips), session.loading)
 
 
@@ -154,8 +199,14 @@ def train(session: Session, model_settings: dict, videos: VideoList) -> None:
     session.describe(engine, model=text, videos=f"{len(videos)} videos")
 
     run = build_run(session, engine, loader.sampler, model_settings=model_settings, videos=videos, num_read=len(videos))
-    target = create_target(args.target, patch=model.patch, normalize=args.normalize_target)
-    colours = pretraining_colours(args.imagenet_default_mean_and_std)
+    target = create_target(
+        args.target,
+        patch=model.patch,
+        normalize=args.normalize_target,
+        num_frames=args.num_frames,
+        **model_settings["target_settings"],
+    )
+    colours = COLOUR_STATISTICS[colour_statistics(model.statistics, imagenet=args.imagenet_default_mean_and_std)]
     pretrain(
         run,
         engine,

@@ -181,7 +181,7 @@ def trained_target(settings: dict, flags: dict, *, patch: int) -> Target:
     Files of others have no model settings; the run's flags have our names or those of the published code.
     """
     normalize = flags.get("normalize_target", flags.get("normlize_target", True))
-    own = settings.get("target_settings", {})
+    own = {"num_frames": settings.get("num_frames", 16)} | settings.get("target_settings", {})
     return create_target(settings.get("target", "pixels"), patch=patch, normalize=normalize, **own)
 
 

@@ -228,18 +228,61 @@ class Chain:
         return clip
 
 
-CROPS = {"multi_scale": MultiScaleCrop, "random_resized": RandomResizedCrop}  # of pre-training
+@dataclass(frozen=True, kw_only=True)
+class MaeStCrop(RandomResizedCrop):
+    """MAE-ST's pre-training crop as published: from frames whose short side is 256, without antialias."""
+
+    antialias: bool = False
+    short_side: int = 256
+
+    def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
+        height, width = clip.shape[-2:]
+        short = min(height, width)
+        shape = (self.short_side * height // short, self.short_side * width // short)
+        return super().__call__(resize(clip, *shape, antialias=False), rng)
+
+
+class CenterCrop(RandomView):
+    """The largest central square, with a random flip (MAE-ST's ablation of crops)."""
+
+    def draw(self, width: int, height: int, rng: np.random.Generator) -> View:
+        side = min(width, height)
+        return View((width - side) // 2, (height - side) // 2, side, side, flip=bool(rng.random() < self.flip))
+
+
+CROPS = {  # of pre-training
+    "multi_scale": MultiScaleCrop,
+    "random_resized": RandomResizedCrop,
+    "mae_st": MaeStCrop,
+    "center": CenterCrop,
+}
 
 
 def build_pretrain_transform(
-    crop: str, *, size: int, interpolation: str = "bilinear", color_jitter: float = 0.0
+    crop: str,
+    *,
+    size: int,
+    interpolation: str = "bilinear",
+    color_jitter: float = 0.0,
+    scale: Sequence[float] | None = None,
+    flip: float | None = None,
 ) -> ClipTransform:
     """Builds the pre-training transform: a key of CROPS to `size` pixels, then ColorJitter unless it is 0.
 
+    Args:
+        scale: smallest and largest area of a random resized crop; None leaves it the crop's.
+        flip: probability of mirroring; None leaves it the crop's.
+
     Raises:
-        SettingError: the crop is unknown.
+        SettingError: the crop is unknown, or has no such scale.
     """
     if crop not in CROPS:
         raise SettingError(f"--crop {crop}: choose one of {', '.join(CROPS)}")
-    view = CROPS[crop](size=size, interpolation=interpolation)
+    changes = {} if flip is None else {"flip": flip}
+    if scale is not None:
+        if not issubclass(CROPS[crop], RandomResizedCrop) or not 0 < scale[0] <= scale[1] <= 1:
+            given = " ".join(map(str, scale))
+            raise SettingError(f"--crop_scale {given}: two shares from 0 to 1, for --crop random_resized or mae_st")
+        changes["scale"] = tuple(scale)
+    view = CROPS[crop](size=size, interpolation=interpolation, **changes)
     return Chain(transforms=(view, ColorJitter(strength=color_jitter))) if color_jitter else view

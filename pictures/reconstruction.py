@@ -52,7 +52,7 @@ class Reconstruction(NamedTuple):
 @contextmanager
 def undisturbed(model: PretrainVisionTransformer, seed: int) -> Iterator[None]:
     """Evaluation mode, no gradients, no compilation and a seeded random state; restores all of it at the end."""
-    device, training = model.mask_token.device, model.training
+    device, training = next(model.parameters()).device, model.training
     model.eval()
     try:
         with (

@@ -46,6 +46,7 @@ def build_schedule(args: argparse.Namespace, world: World, batches_per_epoch: in
             final=args.min_lr * scale,
             total_steps=total_steps,
             warmup_steps=warmup_steps,
+            kind=args.schedule,
         )
         return lr, cosine_schedule(step, peak=args.weight_decay, final=decay_end, total_steps=total_steps)
 

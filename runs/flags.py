@@ -126,6 +126,8 @@ def common_parser(program: str, description: str) -> Flags:
     add("--min_lr", type=float, help="learning rate at the end of the cosine, scaled likewise")
     add("--warmup_epochs", type=int, help="epochs of linear warm-up")
     add("--warmup_steps", default=-1, type=int, help="optimiser steps of warm-up; overrides --warmup_epochs")
+    add("--schedule", default=None, choices=["steps", "epochs"],
+        help="end of warm-up: at its last step (AdaMAE, VideoMAE) or the step after it (MAE-ST; default: the model's)")
     add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="mixed precision")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--enable_deepspeed", action="store_true", help="shard the optimiser state across processes (ZeRO)")

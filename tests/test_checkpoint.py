@@ -178,11 +178,14 @@ def test_our_checkpoint_rebuilds_its_model_with_changes(tmp_path):
     assert torch.equal(loaded.decoder.positions, model.decoder.positions)
 
 
+DECODER = {"encoder_to_decoder.weight": torch.zeros(20, 40)}  # tells a pre-training checkpoint
+
+
 @pytest.mark.parametrize(
     ("state", "words"),
     [
         ({"model": {"head.weight": torch.zeros(3)}}, "not a pre-training checkpoint"),
-        ({"model": {"encoder.patch_embed.proj.weight": torch.zeros(40, 3, 2, 16, 16)}}, "width 40"),
+        ({"model": {"encoder.patch_embed.proj.weight": torch.zeros(40, 3, 2, 16, 16), **DECODER}}, "width 40"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, state, words):

@@ -22,6 +22,7 @@ from pictures.reconstruction import PictureSettings, predict_all, reconstruct, u
 from runs.checkpoints import save_checkpoint
 from targets import create_target, patchify, unpatchify
 from weights.names import load_weights
+from weights.pretraining import pretrain_settings
 
 PROGRAM = Path(__file__).resolve().parent.parent / "tools" / "visualize.py"
 spec = importlib.util.spec_from_file_location("visualize", PROGRAM)
@@ -315,13 +316,13 @@ def test_the_clip_is_the_middle_of_the_frame(tmp_path):
 
 def read_training(path):
     found = load_weights(path)
-    settings, sampling_rate = visualize.read_training(found.settings, found.flags, patch=8)
+    settings, sampling_rate = visualize.read_training(pretrain_settings(found), found.flags, patch=8)
     return settings.target.normalize, sampling_rate
 
 
 def test_reads_how_the_model_was_trained(tmp_path, checkpoint):
     assert read_training(checkpoint) == (False, 2)
-    published, weights = tmp_path / "published.pth", {"head.bias": torch.zeros(1)}
+    published, weights = tmp_path / "published.pth", make_model().state_dict()
     save_checkpoint(published, {"model": weights, "args": argparse.Namespace(normlize_target=False)})
     assert read_training(published) == (False, 4)
     save_checkpoint(published, {"model": weights})

@@ -26,11 +26,12 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from augment import Colours, normalize, pretraining_colours, to_pixels
+from augment import COLOUR_STATISTICS, Colours, normalize, to_pixels
 from clips.frame_indices import pretrain_indices
 from clips.lists import read_list
 from clips.video import open_video
 from masking_generator import MaskingGenerator
+from modeling_finetune import colour_statistics
 from runs.checkpoints import epoch_checkpoints
 from targets import Target, trained_target
 from tools.demo_table import named_folders
@@ -181,7 +182,8 @@ def report_on(folders: dict[str, Path], data: Path, output: Path) -> None:
         found = load_weights(checkpoints[0])
         model, flags = load_pretrain_model(found), found.flags
         target = trained_target(found.settings, flags, patch=model.patch)
-        colours = pretraining_colours(flags.get("imagenet_default_mean_and_std", True))
+        statistics = colour_statistics(model.statistics, imagenet=flags.get("imagenet_default_mean_and_std", True))
+        colours = COLOUR_STATISTICS[statistics]
         size = model.window[1] * model.patch
         clips, shares = load_clips(data, flags["num_frames"], flags["sampling_rate"], size, model.window)
         report[name] = judge(model, target, colours, clips, shares, flags["mask_ratio"])

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
-from augment import pretraining_colours, to_pixels
+from augment import COLOUR_STATISTICS, to_pixels
 from clips.decoders import DECODERS, resolve_decoder
 from clips.frame_indices import pretrain_clip
 from clips.lists import read_list
@@ -42,7 +42,8 @@ from clips.video import open_video
 from clips.video_index import VideoError
 from masking_generator import visible_count
 from modeling_blocks import TUBELET
-from modeling_pretrain import PretrainVisionTransformer
+from modeling_finetune import colour_statistics
+from modeling_pretrain import PRETRAIN_MODELS, PretrainVisionTransformer
 from pictures import panels
 from pictures.drawing import animation, filmstrip
 from pictures.reconstruction import SHOW_VISIBLE, PictureSettings, reconstruct
@@ -50,7 +51,7 @@ from targets import trained_target
 from tools.inference.trained import run_tool
 from utils import SettingError, choose_device, whole_file
 from weights.names import load_weights
-from weights.pretraining import load_pretrain_model
+from weights.pretraining import load_pretrain_model, pretrain_settings
 
 
 # fmt: off
@@ -86,9 +87,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def read_training(settings: dict, flags: dict, *, patch: int) -> tuple[PictureSettings, int]:
     """What pictures must know of a model's training, and its sampling rate; missing flags get published defaults."""
-    colours = pretraining_colours(flags.get("imagenet_default_mean_and_std", True))
+    family = PRETRAIN_MODELS[settings["name"]]
+    statistics = colour_statistics(family.statistics, imagenet=flags.get("imagenet_default_mean_and_std", True))
     target = trained_target(settings, flags, patch=patch)
-    shown = PictureSettings(target=target, normalization=colours)
+    shown = PictureSettings(target=target, normalization=COLOUR_STATISTICS[statistics])
     return shown, flags.get("sampling_rate", 4)
 
 
@@ -203,7 +205,7 @@ def load_model(args: argparse.Namespace) -> tuple[PretrainVisionTransformer, Pic
         for rule in panels.COMPARED:
             visible_count(rule, args.compare_masks, model.window)
     given = {} if args.normalize_target is None else {"normalize_target": args.normalize_target == "true"}
-    settings, rate = read_training(found.settings, found.flags | given, patch=model.patch)
+    settings, rate = read_training(pretrain_settings(found), found.flags | given, patch=model.patch)
     settings = replace(settings, show_visible=args.visible, error_top=args.error_top, seed=args.seed)
     return model, settings, args.sampling_rate or rate
 
@@ -221,7 +223,7 @@ def draw(args: argparse.Namespace) -> int:
             failed += 1
             tqdm.write(f"visualize.py: {error}", file=sys.stderr)
             continue
-        files = draw_clip(model, pixels.to(model.mask_token.device), settings, name, args)
+        files = draw_clip(model, pixels.to(next(model.parameters()).device), settings, name, args)
         tqdm.write(f"{path} -> {', '.join(files)}")
     return failed
 

@@ -1,28 +1,61 @@
-"""The pre-training model of an AdaMAE or VideoMAE checkpoint, ours or published."""
+"""The pre-training model of an AdaMAE, VideoMAE or MAE-ST checkpoint, ours or published."""
+
+from math import isqrt
 
 from modeling_blocks import TUBELET
 from modeling_finetune import parse_model_name
-from modeling_pretrain import PRETRAIN_MODELS, PretrainVisionTransformer, create_pretrain_model
+from modeling_pretrain import PRETRAIN_MODELS, VIDEOMAE, PretrainVisionTransformer, create_pretrain_model
 from runs.checkpoints import CheckpointError
 from weights.names import Weights
 
 
-def guess_pretrain_settings(found: Weights) -> dict:
-    """Reads the settings for `create_pretrain_model` from the shapes of a published checkpoint.
+def pretrain_settings(found: Weights) -> dict:
+    """The settings for `create_pretrain_model`: those in the file, or what the shapes of a published one show.
 
-    The shapes do not show frames and pixels: these stay the model's defaults (16 frames).
+    The shapes of AdaMAE's and VideoMAE's files do not show frames and pixels: these stay the model's defaults.
 
     Raises:
-        CheckpointError: no known model is so wide.
+        CheckpointError: it is no pre-training checkpoint, or no known model is so wide.
     """
-    dim, _, tubelet, patch, _ = found.tensors["encoder.patch_embed.proj.weight"].shape
+    if not found.kind.endswith("pre-training"):
+        raise CheckpointError(f"{found.path}: not a pre-training checkpoint (no decoder)")
+    if found.settings:
+        return found.settings
+    is_mae_st = found.kind.startswith("MAE-ST")
+    dim, _, tubelet, patch, _ = found.plain["patch_embed.proj.weight"].shape
     for name in sorted(PRETRAIN_MODELS):
         size, patch_of_name, _ = parse_model_name(name, PRETRAIN_MODELS)
-        if (size.dim, patch_of_name, TUBELET) == (dim, patch, tubelet):
-            depth = len({k.split(".")[2] for k in found.tensors if k.startswith("decoder.blocks.")})
-            rule, ratio = ("adaptive", 0.95) if "encoder.pos_embed_probs" in found.tensors else ("tube", 0.9)
-            return {"name": name, "decoder_depth": depth, "mask_type": rule, "mask_ratio": ratio}
+        same_family = (PRETRAIN_MODELS[name] is not VIDEOMAE) == is_mae_st
+        if same_family and (size.dim, patch_of_name, TUBELET) == (dim, patch, tubelet):
+            return {"name": name} | (_mae_st_settings(found) if is_mae_st else _videomae_settings(found))
     raise CheckpointError(f"{found.path}: no known pre-training model has width {dim} and patch {patch}")
+
+
+def _videomae_settings(found: Weights) -> dict:
+    depth = len({k.split(".")[2] for k in found.tensors if k.startswith("decoder.blocks.")})
+    rule, ratio = ("adaptive", 0.95) if "encoder.pos_embed_probs" in found.tensors else ("tube", 0.9)
+    return {"decoder_depth": depth, "mask_type": rule, "mask_ratio": ratio}
+
+
+def _mae_st_settings(found: Weights) -> dict:
+    tensors, flags = found.tensors, found.flags
+    *_, tubelet, patch, _ = tensors["patch_embed.proj.weight"].shape
+    frames, side = flags.get("num_frames", 16), flags.get("input_size", 224)
+    if separable := "pos_embed_temporal" in tensors:
+        frames = tensors["pos_embed_temporal"].shape[1] * tubelet
+        side = isqrt(tensors["pos_embed_spatial"].shape[1]) * patch
+    predicted = len(tensors["decoder_pred.bias"]) // (3 * patch**2) * frames // tubelet
+    return {
+        "num_frames": frames,
+        "input_size": side,
+        "decoder_depth": len({k.split(".")[1] for k in tensors if k.startswith("decoder_blocks.")}),
+        "decoder_dim": len(tensors["decoder_embed.bias"]),
+        "mask_type": "agnostic",
+        "mask_ratio": flags.get("mask_ratio", 0.9),
+        "pos_embed": "separable" if separable else "learnable",
+        "class_token": "cls_token" in tensors,
+        "target_settings": {"joint": True, "pred_t_dim": predicted},
+    }
 
 
 def load_pretrain_model(found: Weights, **changes) -> PretrainVisionTransformer:
@@ -31,11 +64,9 @@ def load_pretrain_model(found: Weights, **changes) -> PretrainVisionTransformer:
     `changes` replace the checkpoint's settings of `create_pretrain_model`, e.g. `mask_ratio`.
 
     Raises:
-        CheckpointError: it is no pre-training checkpoint, or does not fit the settings.
+        CheckpointError: as `pretrain_settings`, or the weights do not fit the settings.
     """
-    if "encoder.patch_embed.proj.weight" not in found.tensors:
-        raise CheckpointError(f"{found.path}: not a pre-training checkpoint (no encoder.patch_embed.proj.weight)")
-    settings = {**(found.settings or guess_pretrain_settings(found)), **changes}
+    settings = {**pretrain_settings(found), **changes}
     model = create_pretrain_model(**settings)
     try:
         model.load_state_dict(found.tensors)

@@ -155,7 +155,7 @@ def trained_clips(found: Weights, encoder: VisionTransformer, given: dict) -> Tr
         input_size=size,
         short_side=short_side or size,
         statistics=given.get("statistics")
-        or colour_statistics(name, imagenet=flags.get("imagenet_default_mean_and_std", True)),
+        or colour_statistics(CLASSIFIERS[name].statistics, imagenet=flags.get("imagenet_default_mean_and_std", True)),
         segments=given.get("segments") or flags.get("test_num_segment") or data_set.test_segments,
         crops=given.get("crops") or flags.get("test_num_crop") or data_set.test_crops,
     )
