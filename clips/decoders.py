@@ -81,7 +81,7 @@ class PyAV:
 
 
 class TorchCodec:
-    """Reads frames with torchcodec, which needs the system's FFmpeg libraries."""
+    """Reads frames with torchcodec, which needs FFmpeg's libraries: the system's, or those that env.sh links."""
 
     misreads = frozenset({"no times", "no seek table", "chroma"})
 
@@ -93,7 +93,7 @@ class TorchCodec:
     @staticmethod
     def load():
         if getattr(importlib.import_module("torchcodec"), "ffmpeg_major_version", "unknown") is None:
-            raise ImportError("torchcodec finds no FFmpeg libraries on this system")
+            raise ImportError("torchcodec finds no FFmpeg libraries, see PRETRAIN.md")
         return importlib.import_module("torchcodec.decoders").VideoDecoder
 
     def read(self, indices: list[int]) -> Tensor:
@@ -146,6 +146,5 @@ def resolve_decoder(name: str) -> str:
             problem = error
     reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
     raise SettingError(
-        f"--decoder {name} can't be used here ({reason}): install it (torchcodec needs FFmpeg's shared libraries "
-        "too), or choose auto or pyav"
+        f"--decoder {name} can't be used here ({reason}): install it, or choose auto or pyav"
     ) from problem

@@ -50,6 +50,7 @@ is_installed() { [[ "$(cat ".venv/.installed-$1" 2>/dev/null)" == "$(stamp "$1")
 install_requirements() {
     local file uv
     touch .venv/.unfinished
+    rm -rf .venv/ffmpeg
     uv=$(command -v uv || true)
     if [[ -z $uv ]]; then
         uv=.venv/bin/uv
@@ -62,12 +63,29 @@ install_requirements() {
     rm .venv/.unfinished
 }
 
+# Where torchcodec finds no FFmpeg, .venv/ffmpeg links the libraries in PyAV's wheel (for Linux) under the names that it
+# looks for (libavutil.so.60 for libavutil-5809ad29.so.60.26.102), and under their own, by which they load each other.
+link_ffmpeg() {
+    local library name found=1
+    .venv/bin/python -c 'import sys, torchcodec as t; sys.exit(t.ffmpeg_major_version is None)' 2>/dev/null || found=""
+    mkdir .venv/ffmpeg
+    for library in .venv/lib/python3.*/site-packages/av.libs/*.so.*; do
+        [[ -z $found && -e $library ]] || return 0
+        name=${library##*/}
+        ln -s "../${library#*/}" ".venv/ffmpeg/$name"
+        if [[ $name =~ ^(lib(av|sw)[a-z]+)-[0-9a-f]+(\.so\.[0-9]+) ]]; then
+            ln -s "$name" ".venv/ffmpeg/${BASH_REMATCH[1]}${BASH_REMATCH[3]}"
+        fi
+    done
+}
+
 main() {
     local file
     if [[ -e .venv/.unfinished ]] || ! .venv/bin/python -c '' 2>/dev/null; then make_venv; fi
     for file in "${files[@]}"; do
         is_installed "$file" || { install_requirements; break; }
     done
+    [[ -d .venv/ffmpeg ]] || link_ffmpeg
 }
 
 # Concurrent runs (the demo and the tests) take turns, if the system has flock.

@@ -30,6 +30,7 @@ if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
     if [[ -x $ROOT/.venv/bin/python ]]; then PYTHON=$ROOT/.venv/bin/python; fi
 fi
+export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$ROOT/.venv/ffmpeg" # for torchcodec, see env.sh
 
 fail() {
     echo "$RECIPE: $*" >&2

@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/env.sh
 export PATH="$PWD/.venv/bin:$PATH"
+export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$PWD/.venv/ffmpeg" # for torchcodec, see env.sh
 
 ruff check .
 ruff format --check .

@@ -384,6 +384,20 @@ def test_env_installs_only_after_a_change_and_starts_anew_after_an_interruption(
     assert env() == (0, [])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="PyAV's wheels for other systems are built otherwise")
+def test_torchcodec_loads_with_the_libraries_that_env_links(checkout):
+    fake_python(checkout / "bin/uv", "exit 0")
+    link = f"mkdir -p .venv/bin && cp fake .venv/bin/python && ln -s {shlex.quote(sys.prefix)}/lib .venv"
+    body = f'if [[ "$2" == venv ]]; then {link}; else exec {shlex.quote(sys.executable)} "$@"; fi'
+    python = fake_python(checkout / "fake", body)
+    done = run(checkout / "scripts/env.sh", PYTHON=python, PATH=f"{checkout / 'bin'}:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", "import torchcodec; print(torchcodec.ffmpeg_major_version)"]
+    paths = {"LD_LIBRARY_PATH": str(checkout / ".venv/ffmpeg")}
+    loaded = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True, timeout=120)
+    assert loaded.stdout.strip() in map(str, range(4, 10)), loaded.stderr
+
+
 def requirement_names(*files: str) -> set[str]:
     lines = [line.split(";")[0].strip() for f in files for line in (ROOT / f).read_text().splitlines()]
     pins = [line for line in lines if line and not line.startswith("#")]
