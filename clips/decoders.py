@@ -3,11 +3,10 @@
 import functools
 import importlib
 from bisect import bisect_right
+from collections.abc import Sequence
 
 import av
 import numpy as np
-import torch
-from torch import Tensor
 
 from clips.video_index import VideoError, VideoIndex, open_stream
 from utils import SettingError
@@ -27,14 +26,14 @@ class PyAV:
     def load():
         return av
 
-    def read(self, indices: list[int]) -> Tensor:
-        """Returns the frames at ascending, distinct indices: uint8 (T,H,W,3), upright, RGB."""
+    def read(self, indices: list[int]) -> Sequence[np.ndarray]:
+        """Returns the frames at ascending, distinct indices: uint8 (H,W,3) each, upright, RGB."""
         pictures = {}
         if "no times" not in self.index.traits:
             self._read_from_keys(indices, pictures)
         if len(pictures) < len(indices):  # also where a seek landed too late
             self._read_in_order(indices, pictures)
-        return torch.from_numpy(np.stack([pictures[i] for i in indices]))
+        return [pictures[i] for i in indices]
 
     def close(self):
         self.container.close()
@@ -96,8 +95,8 @@ class TorchCodec:
             raise ImportError("torchcodec finds no FFmpeg libraries, see PRETRAIN.md")
         return importlib.import_module("torchcodec.decoders").VideoDecoder
 
-    def read(self, indices: list[int]) -> Tensor:
-        return self.decoder.get_frames_at(indices).data.permute(0, 2, 3, 1)
+    def read(self, indices: list[int]) -> Sequence[np.ndarray]:
+        return self.decoder.get_frames_at(indices).data.permute(0, 2, 3, 1).numpy()
 
     def close(self):
         self.decoder = None
@@ -119,8 +118,8 @@ class Decord:
     def load():
         return importlib.import_module("decord")
 
-    def read(self, indices: list[int]) -> Tensor:
-        return torch.from_numpy(self.reader.get_batch(indices).asnumpy())
+    def read(self, indices: list[int]) -> Sequence[np.ndarray]:
+        return self.reader.get_batch(indices).asnumpy()
 
     def close(self):
         self.reader = None

@@ -1,5 +1,7 @@
 """Reading chosen frames of a video file, with torchcodec, decord or PyAV behind one class."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -57,10 +59,10 @@ class Video:
             asked = f"{distinct[0]} to {distinct[-1]}" if len(distinct) else "none"
             raise VideoError(self.path, f"has frames 0 to {self.num_frames - 1}, asked for {asked}")
         with video_errors(self.path):
-            frames = self._read(distinct.tolist())  # (U,H,W,3)
-            return frames[torch.from_numpy(place)].permute(0, 3, 1, 2)  # (T,3,H,W)
+            frames = self._read(distinct.tolist())  # (H,W,3) each
+            return torch.from_numpy(np.stack([frames[k] for k in place])).permute(0, 3, 1, 2)  # (T,3,H,W)
 
-    def _read(self, indices: list[int]) -> Tensor:
+    def _read(self, indices: list[int]) -> Sequence[np.ndarray]:
         try:
             return self._reader.read(indices)
         except Exception:
