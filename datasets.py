@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clips import frame_indices as rules
+from clips.index_table import IndexTable
 from clips.isolation import Isolated
 from clips.lists import VideoList
 from clips.transforms import ClipTransform, EvenCrops
@@ -148,6 +149,7 @@ class TrainDataset(Dataset):
 
     def __init__(self, *, videos: VideoList, transform: ClipTransform, settings: ClipSettings, max_tries: int = 10):
         self.videos, self.transform, self.settings, self.max_tries = videos, transform, settings, max_tries
+        self.indexes = IndexTable(len(videos))
         self.load = Isolated(self._load, settings.decode_timeout)
 
     def __len__(self) -> int:
@@ -168,7 +170,7 @@ class TrainDataset(Dataset):
         for attempt in range(self.max_tries):
             rng, shown = self._draw(epoch, index, attempt)
             try:
-                clips = self.load(self.videos[shown].path, rng)
+                clips = self.load(self.videos[shown].path, shown, rng)
                 return {"clips": clips, "index": shown, "label": int(self.videos.labels[shown]), "bad": bad}
             except VideoError as error:
                 bad.append((str(error.path), str(error.reason)))
@@ -186,9 +188,9 @@ class TrainDataset(Dataset):
         others = max(1, len(self) - 1)
         return rng, (index + 1 + int(rng.integers(others))) % len(self)
 
-    def _load(self, path: str, rng: np.random.Generator) -> Tensor:
+    def _load(self, path: str, number: int, rng: np.random.Generator) -> Tensor:
         """Makes the clips of one video from the arguments alone, so that a child process may do it."""
-        with open_video(path, self.settings.decoder) as video:
+        with open_video(path, self.settings.decoder, self.indexes.find(number, path)) as video:
             clips = self.load_clips(video, rng)  # (num_sample,T,C,H,W)
         return torch.stack([self.transform(clip, rng).transpose(0, 1) for clip in clips])  # (num_sample,C,T,S,S)
 
@@ -217,6 +219,7 @@ class EvalDataset(Dataset):
     random_clips: bool = False
 
     def __post_init__(self):
+        self.indexes = IndexTable(len(self.videos))
         self.load = Isolated(self._load, self.settings.decode_timeout)
 
     def __len__(self) -> int:
@@ -243,7 +246,7 @@ class EvalDataset(Dataset):
         return sample
 
     def _load(self, path: str, index: int) -> Tensor:
-        with open_video(path, self.settings.decoder) as video:
+        with open_video(path, self.settings.decoder, self.indexes.find(index, path)) as video:
             indices = self._frame_indices(video, index)  # (segments,T)
             frames = video.get_frames(indices.ravel())  # (segments*T,C,H,W)
         clips = self.crops(frames).unflatten(1, indices.shape)  # (crops,segments,T,C,S,S)

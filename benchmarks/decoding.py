@@ -4,8 +4,9 @@
 
 The sources are made here: 10 s of moving textures with grain, as cameras and video sites deliver them, that is
 with B-frames, a key frame every 250 frames and sound. A clip is 16 frames, 4 apart, from a random place.
-"decode" opens the file and reads them; "clip" is all that a data worker does for pre-training. Milliseconds are CPU
-time of one thread, so that other programs on the machine disturb little; the median over the clips counts.
+"decode" opens the file and reads them; "clip" is all that a data worker does for pre-training, both once the file's
+index is known. Milliseconds are CPU time of one thread, so that other programs on the machine disturb little; the
+median over the clips counts.
 """
 
 import argparse
@@ -95,8 +96,9 @@ def measure(folder: Path, decoder: str, repeats: int) -> tuple[float, float]:
     dataset = TrainDataset(videos=videos, transform=crop, settings=settings, max_tries=1)
 
     def decode(k):
-        rng = np.random.default_rng([0, k, k % len(videos)])
-        with open_video(videos[k % len(videos)].path, decoder) as video:
+        number = k % len(videos)
+        rng, path = np.random.default_rng([0, k, number]), videos[number].path
+        with open_video(path, decoder, dataset.indexes.find(number, path)) as video:
             return video.get_frames(pretrain_clip(video.num_frames, CLIP, STRIDE, rng))
 
     return milliseconds(decode, repeats), milliseconds(lambda k: dataset[k, k % len(videos)], repeats)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from clips.decoders import DECODERS, PyAV, resolve_decoder
-from clips.video_index import VideoError, index_video, video_errors
+from clips.video_index import VideoError, VideoIndex, index_video, video_errors
 
 
 class Video:
@@ -16,14 +16,17 @@ class Video:
         with open_video("clip.mp4") as video:
             frames = video.get_frames([0, 4, 8])  # uint8 (3,3,H,W)
 
+    Args:
+        index: of this file, where it is known; otherwise the file is scanned.
+
     Raises:
         VideoError: the file is missing, empty, cut off or unreadable, or has no video.
         SettingError: the decoder can't be used.
     """
 
-    def __init__(self, path, decoder: str = "auto"):
+    def __init__(self, path, decoder: str = "auto", index: VideoIndex | None = None):
         reader = DECODERS[resolve_decoder(decoder)]
-        index = index_video(path)
+        index = index or index_video(path)
         if reader.misreads & index.traits:
             reader = PyAV
         self.path, self.num_frames, self.fps, self.size = path, index.num_frames, index.fps, index.size
@@ -73,6 +76,6 @@ class Video:
             return self._reader.read(indices)
 
 
-def open_video(path, decoder: str = "auto") -> Video:
+def open_video(path, decoder: str = "auto", index: VideoIndex | None = None) -> Video:
     """Opens a video file, see `Video`."""
-    return Video(path, decoder)
+    return Video(path, decoder, index)

@@ -1,15 +1,18 @@
 """The index of a video file, from one pass over its packets: frame times, key frames, size, special traits.
 
-The pass takes two or three milliseconds for a ten-second clip. It makes all decoders agree on which frame is
-frame k, and shows which files a decoder is known to misread.
+The pass makes all decoders agree on which frame is frame k, and shows which files a decoder is known to misread. It
+takes 4 to 8 milliseconds for a ten-second clip, so training keeps the result (`index_table`).
 """
 
+import marshal
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import av
+import numpy as np
 from av.stream import Disposition
 
 MAX_SIDE, MAX_PIXELS = 16384, 8192 * 4320  # of a frame; only a damaged header promises more than 8K
@@ -63,6 +66,18 @@ class VideoIndex:
     times: list[int]
     keys: list[int]
     traits: frozenset[str]
+
+    def pack(self) -> bytes:
+        """Returns all this in some 100 bytes, unless frame times or key frames are many and irregular."""
+        steps = (np.diff(times, prepend=0).tobytes() for times in (self.times, self.keys))
+        return zlib.compress(marshal.dumps((self.fps, self.size, self.turns, *steps, tuple(self.traits))))
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> "VideoIndex":
+        """The inverse of `pack`; bytes after the packed ones are ignored."""
+        fps, size, turns, *steps, traits = marshal.loads(zlib.decompressobj().decompress(packed))
+        times, keys = (np.cumsum(np.frombuffer(deltas, np.int64)).tolist() for deltas in steps)
+        return cls(len(times), fps, size, turns, times, keys, frozenset(traits))
 
 
 def open_stream(path):

@@ -200,9 +200,9 @@ def test_the_clips_of_a_video_come_from_one_decoding_and_have_their_own_crops(vi
     opened, decoded, crops = [], [], []
     open_video = datasets.open_video
 
-    def open_and_record(path, decoder):
+    def open_and_record(path, *args):
         opened.append(path)
-        video = open_video(path, decoder)
+        video = open_video(path, *args)
         get_frames = video.get_frames
         video.get_frames = lambda indices: decoded.append(indices) or get_frames(indices)
         return video
