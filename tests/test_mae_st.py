@@ -1,16 +1,25 @@
 """MAE-ST's pre-training model and target against the published implementation's numbers, and their own properties."""
 
+import json
+
 import pytest
 import torch
 from golden import cases, needs_golden, tensors, under
 from golden import manifest as golden_manifest
+from programs import start
+from videos import write_list, write_videos
 
 from augment import COLOUR_STATISTICS, normalize
-from modeling_finetune import Size
+from modeling_finetune import Size, create_classifier
 from modeling_pretrain import MAE_ST, PRETRAIN_MODELS, PretrainVisionTransformer, create_pretrain_model
 from pictures.reconstruction import predict_all
+from run_mae_pretraining import main
+from runs.checkpoints import save_checkpoint
 from targets import create_target
 from utils import SettingError
+from weights.classifier import load_classifier_weights
+from weights.names import load_weights
+from weights.pretraining import load_pretrain_model
 
 TINY = "pretrain_mae_st_tiny_patch8_64"
 
@@ -192,3 +201,77 @@ def test_frames_that_do_not_divide_are_refused(pred_t_dim):
 def test_a_decoder_width_that_the_heads_do_not_divide_is_refused():
     with pytest.raises(SettingError, match="--decoder_dim 65 must be a multiple of the decoder's 2 heads"):
         create_pretrain_model(TINY, decoder_dim=65)
+
+
+@pytest.mark.parametrize("settings", [{}, {"pos_embed": "learnable", "class_token": False, "decoder_dim": 32}])
+def test_a_published_file_rebuilds_its_model_and_starts_a_classifier(settings, tmp_path):
+    torch.manual_seed(0)
+    model = create_pretrain_model(TINY, **family_settings(TINY), decoder_depth=3, **settings).eval()
+    save_checkpoint(tmp_path / "published.pth", {"model": model.state_dict(), "args": {"input_size": 64}})
+    found = load_weights(tmp_path / "published.pth")
+    assert found.kind == "MAE-ST pre-training"
+    loaded, clip = load_pretrain_model(found), torch.randn(1, 3, 16, 64, 64)
+    visible = torch.arange(0, 512, 10)[None]
+    assert torch.equal(loaded(clip, visible).prediction, model(clip, visible).prediction)
+    assert loaded.statistics == "mae_st"
+
+    positions = {name: settings[name] for name in ("pos_embed", "class_token") if name in settings}
+    classifier = create_classifier("vit_tiny_mae_st_patch8_64", num_classes=5, **positions).eval()
+    report = load_classifier_weights(classifier, found, lambda text: None)
+    assert report.fresh == ["head.weight", "head.bias"]  # the encoder's norm is taken too
+    tokens = model.encoder.patch_embed(clip)
+    everywhere = torch.arange(512)[None]
+    ours = model.encoder(tokens, everywhere, everywhere[:, :0])  # with all tokens visible
+    theirs = classifier.norm(classifier.forward_tokens(clip))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+FLAGS = [
+    *("--model", TINY, "--input_size", "32", "--batch_size", "4", "--epochs", "4", "--warmup_epochs", "0"),
+    *("--lr", "0.06", "--num_workers", "0", "--amp", "off", "--device", "cpu", "--decoder_depth", "1"),
+    *("--mask_type", "agnostic", "--mask_ratio", "0.75", "--num_sample", "2", "--clip_grad", "0.02"),
+    *("--sampling_rate", "1", "--opt_betas", "0.9", "0.95", "--save_ckpt_freq", "2", "--vis_freq", "2"),
+]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    names = write_videos(folder, [24] * 16, size=(48, 64))
+    return write_list(folder / "list.csv", *(f"{name} 0" for name in names))
+
+
+def log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def test_the_program_trains_mae_st_and_resumes_it_exactly(videos, tmp_path):
+    flags = [*FLAGS, "--data_path", videos, "--output_dir"]
+    done = start(main, *flags, tmp_path / "straight")
+    assert done.returncode == 0, done.stderr
+    entries = log(tmp_path / "straight")
+    assert entries[-1]["loss_reconstruction"] < 0.97 * entries[0]["loss_reconstruction"]
+    assert list((tmp_path / "straight" / "pictures").glob("*.png"))
+
+    half = tmp_path / "resumed"
+    half.mkdir()
+    (half / "checkpoint-1.pth").write_bytes((tmp_path / "straight" / "checkpoint-1.pth").read_bytes())
+    assert start(main, *flags, half).returncode == 0
+    states = [torch.load(f / "checkpoint-3.pth", weights_only=True)["model"] for f in (tmp_path / "straight", half)]
+    assert "decoder_embed.weight" in states[0]  # the published names
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--pred_t_dim", "5"), "--pred_t_dim 5 must be a multiple"),
+        (("--crop", "center", "--crop_scale", "0.5", "1"), "--crop_scale 0.5 1.0"),
+        (("--decoder_dim", "65"), "--decoder_dim 65 must be a multiple"),
+        (("--pos_embed", "sinusoid_1d", "--mask_type", "space_only", "--epochs", "0"), "--epochs 0"),
+    ],
+)
+def test_wrong_settings_are_told_in_one_line(flags, words, videos, tmp_path):
+    done = start(main, *FLAGS, "--data_path", videos, "--output_dir", tmp_path, *flags)
+    assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr

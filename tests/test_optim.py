@@ -43,6 +43,16 @@ def test_schedules_equal_the_published_tables(name):
     np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
 
 
+@needs_golden
+@pytest.mark.parametrize("name", [n for n, s in SCHEDULES.items() if "min_lr" in s])
+def test_schedules_by_fractional_epochs_equal_those_of_mae_st(name):
+    s = SCHEDULES[name]
+    steps, warmup = s["epochs"] * s["steps_per_epoch"], s["warmup_epochs"] * s["steps_per_epoch"]
+    settings = {"peak": s["lr"], "final": s["min_lr"], "total_steps": steps, "warmup_steps": warmup}
+    ours = [cosine_schedule(i, **settings, kind="epochs") for i in range(steps)]
+    np.testing.assert_allclose(ours, arrays("schedules")[name], rtol=1e-12, atol=1e-15)
+
+
 def test_the_schedules_never_run_out():
     value = cosine_schedule(10_000, peak=1.0, final=0.1, total_steps=100, warmup_steps=10)
     assert value == pytest.approx(0.1)
