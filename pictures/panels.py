@@ -85,6 +85,11 @@ def five_panels(rec: Reconstruction) -> list[Panel]:
     return [panel(rec) for panel in (video_panel, prediction_panel, error_panel, probability_panel, mask_panel)]
 
 
+def three_rows(rec: Reconstruction) -> list[Panel]:
+    """The papers' figure of a model (MAE-ST figure 2): the video, what the encoder sees of it, the reconstruction."""
+    return [video_panel(rec), mask_panel(rec, "masked"), prediction_panel(rec)]
+
+
 def mask_panels(
     model: PretrainVisionTransformer, pixels: Tensor, settings: PictureSettings, *, mask_ratio: float = 0.8
 ) -> list[Panel]:

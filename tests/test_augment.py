@@ -278,8 +278,8 @@ def test_colour_jitter_factors_keep_their_range():
 
 
 def test_an_unknown_crop_is_named_with_the_choices():
-    with pytest.raises(ValueError, match=r"--crop center.*multi_scale.*random_resized"):
-        transforms.build_pretrain_transform("center", size=8)
+    with pytest.raises(ValueError, match=r"--crop corner.*multi_scale.*random_resized"):
+        transforms.build_pretrain_transform("corner", size=8)
 
 
 # --- on the device ------------------------------------------------------------------------------------------
@@ -298,3 +298,36 @@ def test_to_pixels_and_normalize():
 def test_normalize_refuses_another_number_of_channels():
     with pytest.raises(ValueError, match=r"1 channels.*3 means"):
         augment.normalize(torch.zeros(2, 1, 4, 5, 6))
+
+
+def test_the_crop_of_mae_st_is_taken_from_frames_of_256_pixels_without_antialias():
+    clip = torch.randint(0, 256, (2, 3, 120, 160), dtype=torch.uint8)
+    crop = transforms.MaeStCrop(size=64, flip=0.0)
+    whole = transforms.resize(clip, 256, 341, antialias=False)
+    view = crop.draw(341, 256, np.random.default_rng(3))
+    assert 0.45 < view.width * view.height / (256 * 341) <= 1
+    naive = torch.nn.functional.interpolate(
+        whole[..., view.top : view.top + view.height, view.left : view.left + view.width].float(),
+        size=(64, 64),
+        mode="bilinear",
+        align_corners=False,
+    )
+    assert torch.equal(crop(clip, np.random.default_rng(3)), naive.round().clamp(0, 255).byte())
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 64), (64, 40), (48, 48)])
+def test_the_centre_crop_is_the_largest_central_square(height, width):
+    clip = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    crop = transforms.build_pretrain_transform("center", size=side)
+    assert torch.equal(crop(clip, np.random.default_rng(0)), clip[..., top : top + side, left : left + side])
+
+
+def test_scale_and_flip_of_pretraining_crops_can_be_set():
+    crop = transforms.build_pretrain_transform("mae_st", size=32, scale=(0.9, 1.0), flip=1.0)
+    views = [crop.draw(300, 256, np.random.default_rng(seed)) for seed in range(20)]
+    assert all(view.flip and view.width * view.height > 0.85 * 300 * 256 for view in views)
+    for name, scale in (("multi_scale", (0.5, 1)), ("random_resized", (1, 0.5)), ("mae_st", (0, 1))):
+        with pytest.raises(ValueError, match="--crop_scale"):
+            transforms.build_pretrain_transform(name, size=32, scale=scale)

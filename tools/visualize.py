@@ -3,12 +3,13 @@
     python tools/visualize.py --model output/checkpoint-799.pth --video a.mp4 b.mp4 --output output/pictures
     python tools/visualize.py --model output/checkpoint-799.pth --list val.csv --output output/pictures
 
-Takes checkpoints of this repository and of the published AdaMAE and VideoMAE code. It shows the middle of each
+Takes checkpoints of this repository and of the published AdaMAE, VideoMAE and MAE-ST code. It shows the middle of each
 video: a clip of the model's length, its central square resized to the model's input. The files are written below
 --output and named after the video, with as many of its folders as it takes to keep names apart:
 
     <video>.gif          the five panels side by side, frame by frame
     <video>.png          the same as rows, with a column for every time slot of two frames
+    <video>_rows.png     with --three_rows: original, masked, reconstruction, as in the papers
     <video>_masks.png    with --compare_masks: random, tube, frame and adaptive masks at one ratio
 
 A model trained on normalised patches does not predict their mean and deviation. The picture takes both from the
@@ -72,6 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
              "which no loss has trained (default: %(default)s)")
     add("--compare_masks", nargs="?", type=float, const=0.8, metavar="RATIO",
         help="compare the masking rules, at this ratio (0.8 where none is given)")
+    add("--three_rows", action="store_true", help="also draw the papers' figure: original, masked, reconstruction")
     add("--error_top", type=float,
         help="end of the error's colour scale (default: 2 for normalised pixels, else the largest error)")
     add("--normalize_target", choices=["true", "false"],
@@ -180,14 +182,18 @@ def draw_clip(
     output, ratio = Path(args.output) / name, args.compare_masks
     output.parent.mkdir(parents=True, exist_ok=True)
     files = [f"{output}.gif", f"{output}.png"]
-    five = panels.five_panels(reconstruct(model, pixels, settings))
+    rec = reconstruct(model, pixels, settings)
+    five = panels.five_panels(rec)
     save_gif(files[0], animation(five, heading=str(name)), args.fps)
     save_png(files[1], filmstrip(five, heading=str(name)))
+    if args.three_rows:
+        files.append(f"{output}_rows.png")
+        save_png(files[-1], filmstrip(panels.three_rows(rec), heading=str(name)))
     if ratio is not None:
         files.append(f"{output}_masks.png")
         compared = panels.mask_panels(model, pixels, settings, mask_ratio=ratio)
         heading = f"{name}, {ratio:.4g} of the patches masked by each rule"
-        save_png(files[2], filmstrip(compared, heading=heading))
+        save_png(files[-1], filmstrip(compared, heading=heading))
     return files
 
 
