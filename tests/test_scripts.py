@@ -81,7 +81,8 @@ def documented_row(recipe: Path, document: str) -> str:
 
 
 def number_to_reproduce(recipe: Path) -> str:
-    return re.search(r"^# To reproduce: ([\d./ ]+) top-1", recipe.read_text(), re.MULTILINE)[1]
+    found = re.search(r"^# To reproduce: ([\d./ ]+) top-1", recipe.read_text(), re.MULTILINE)
+    return found[1] if found else "-"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -101,6 +102,7 @@ def test_there_is_a_recipe_for_every_published_experiment():
         *("ssv2/videomae_small_2400e", "ssv2/videomae_base_800e", "ssv2/videomae_base_2400e"),
         *("kinetics/videomae_small_1600e", "kinetics/videomae_base_800e", "kinetics/videomae_base_1600e"),
         *("kinetics/videomae_large_1600e", "kinetics/videomae_huge_1600e"),
+        *("kinetics/maest_large_100e", "kinetics/maest_huge_100e"),
     }
     assert {name.rpartition("_")[0] for name in names(FINETUNING)} == names(PRETRAINING)
     assert len(FINETUNING) == len(PRETRAINING)
@@ -121,11 +123,13 @@ def test_pretraining_recipe_does_what_its_name_and_head_say(recipe):
     args, text = parsed(recipe), recipe.read_text()
     _, method, size, epochs = recipe.stem.split("_")
     assert f"{args.epochs}e" == epochs
-    assert args.model == f"pretrain_videomae_{size}_patch16_224"
-    assert args.mask_type == {"adamae": "adaptive", "videomae": "tube"}[method]
+    family = "mae_st" if method == "maest" else "videomae"
+    assert args.model.startswith(f"pretrain_{family}_{size}_patch") and args.model.endswith("_224")
+    assert args.mask_type == {"adamae": "adaptive", "videomae": "tube", "maest": "agnostic"}[method]
     assert args.sampling_rate == (2 if recipe.parent.name == "ssv2" else 4)
     assert args.opt_betas == [0.9, 0.95]
     assert f"{args.mask_type} masking at {args.mask_ratio}, {args.epochs} epochs" in text
+    assert (f"{args.num_sample} clips a video" in text) == (args.num_sample > 1)
 
 
 @of_every(*FINETUNING)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # MAE-ST, ViT-L, Kinetics-400, agnostic masking at 0.9, 100 epochs of 4 clips a video.
 # 128 GPUs x 2 = 256 videos a step.
+# To reproduce: 84.35 top-1 after fine-tuning, by the validation of the fine-tuning program (MAE-ST repository).
 # The published command does not say on how many GPUs; with 128 the peak rate is the paper's 1.6e-3.
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 TOTAL_BATCH=256
