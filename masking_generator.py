@@ -7,12 +7,13 @@ so every shape is known in advance. A new rule is a function and a row in `RULES
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from modeling_blocks import create_block
+from modeling_blocks import create_attention, create_block
 from utils import SettingError
 
 Window = tuple[int, int, int]  # tokens in (time, height, width)
@@ -193,11 +194,12 @@ def sampler_network(
 
     Args:
         kind: "mha", `depth` transformer blocks and a linear layer. The published sampler is one block of the
-            encoder's width with 8 heads, dropout 0.1, no query and value bias and LayerNorm eps 1e-5. "mlp", Linear -
-            GELU - Linear on each token alone; the paper says no more of its MLP variant.
+            encoder's width with 8 heads, dropout 0.1, no query and value bias and LayerNorm eps 1e-5. "attention",
+            the paper's text: attention in place of each block, with no MLP, LayerNorm, residual or dropout. "mlp",
+            Linear - GELU - Linear on each token alone; the paper says no more of its MLP variant.
         dim: channels of the tokens, D.
-        width: channels of "mha", by default D; a linear projection leads to any other. Hidden channels of "mlp", by
-            default 4 D.
+        width: channels of "mha" and "attention", by default D; a linear projection leads to any other. Hidden
+            channels of "mlp", by default 4 D.
 
     Raises:
         SettingError: an unknown kind, or a width that the heads do not divide.
@@ -205,11 +207,11 @@ def sampler_network(
     if kind == "mlp":
         hidden = width or 4 * dim
         return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, 1))
-    if kind != "mha":
-        raise SettingError(f"--sampler {kind}: no such sampler; choose mha or mlp")
+    layers = {"mha": partial(create_block, proj_drop=0.1, norm_layer=nn.LayerNorm), "attention": create_attention}
+    if kind not in layers:
+        raise SettingError(f"--sampler {kind}: no such sampler; choose mha, attention or mlp")
     width = width or dim
     if width % heads:
         raise SettingError(f"--sampler_dim {width} must be a multiple of the sampler's {heads} heads")
     project = [] if width == dim else [nn.Linear(dim, width)]
-    blocks = [create_block(width, heads, proj_drop=0.1, norm_layer=nn.LayerNorm) for _ in range(depth)]
-    return nn.Sequential(*project, *blocks, nn.Linear(width, 1))
+    return nn.Sequential(*project, *(layers[kind](width, heads) for _ in range(depth)), nn.Linear(width, 1))

@@ -159,6 +159,11 @@ class Attention(nn.Module):
         key.copy_(query)
 
 
+def create_attention(dim: int, heads: int) -> Attention:
+    """Attention without biases of query, key and value, and without dropout."""
+    return Attention(beit.Attention(dim, heads))
+
+
 class SeparateAttention(nn.Module):
     """Self-attention (B,N,D) -> (B,N,D) with separate, biased projections of query, key and value (MAE-ST)."""
 

@@ -54,8 +54,9 @@ def get_args_parser() -> Flags:
     add = parser.group("masking")
     add("--mask_type", default="adaptive", choices=[*RULES, *ALIASES], help="rule that chooses the visible tokens")
     add("--mask_ratio", default=0.95, type=float, help="share of tokens hidden from the encoder")
-    add("--sampler", default="mha", choices=["mha", "mlp"], help="network of the adaptive sampler")
-    add("--sampler_depth", default=1, type=int, valid=AT_LEAST_ONE, help="transformer blocks of the sampler (mha)")
+    add("--sampler", default="mha", choices=["mha", "attention", "mlp"],
+        help="network of the adaptive sampler: transformer block (published code), attention alone (paper) or mlp")
+    add("--sampler_depth", default=1, type=int, valid=AT_LEAST_ONE, help="blocks of mha or attention")
     add("--sampler_dim", default=None, type=int, valid=AT_LEAST_ONE,
         help="width of the sampler (default: the encoder's; mlp: 4 x)")
     add("--sampler_amp", default=True, **ON_OFF, help="run the sampler in mixed precision too, up to its softmax")

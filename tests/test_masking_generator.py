@@ -157,7 +157,10 @@ def test_impossible_settings_are_refused(mask_type, ratio, words):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"depth": 2}, {"width": 16}, {"width": 16, "depth": 2}, {"kind": "mlp"}, {"kind": "mlp", "width": 8}],
+    [
+        *({}, {"depth": 2}, {"width": 16}, {"width": 16, "depth": 2}, {"kind": "mlp"}, {"kind": "mlp", "width": 8}),
+        *({"kind": "attention"}, {"kind": "attention", "width": 16, "depth": 2}),
+    ],
 )
 def test_sampler_networks_score_every_token(settings):
     network = sampler_network(dim=32, **settings)
@@ -168,6 +171,32 @@ def test_the_published_sampler_drops_where_the_published_one_does():
     block = sampler_network(dim=32)[0]
     assert block.attn.proj_drop.p == block.mlp.drop2.p == 0.1
     assert block.attn.attn_drop == 0 and not hasattr(block.mlp, "drop1")
+
+
+@pytest.mark.parametrize(
+    ("settings", "parameters"),
+    [
+        ({"kind": "mlp"}, 768 * 3072 + 3072 + 3073),
+        ({"width": 384}, 768 * 384 + 384 + 12 * 384**2 + 10 * 384 + 385),
+        ({}, 7_086_337),
+        ({"width": 384, "depth": 2}, 768 * 384 + 384 + 2 * (12 * 384**2 + 10 * 384) + 385),
+        ({"kind": "attention"}, 4 * 768**2 + 768 + 769),
+    ],
+)
+def test_the_samplers_of_the_ablation(settings, parameters):
+    """MLP, MHA(D,d) with D blocks of width d, each with 12 d^2 weights and 10 d biases and scales; the paper's text."""
+    network = sampler_network(dim=768, **settings)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+def test_the_sampler_of_the_paper_is_attention_and_a_linear_layer():
+    network = sampler_network("attention", dim=32).train()
+    x = torch.randn(2, 10, 32)
+    query, key, value = (x @ w.T for w in network[0].qkv.weight.chunk(3))
+    heads = [part.split(4, dim=2) for part in (query, key, value)]
+    attended = [(q @ k.mT / 2).softmax(2) @ v for q, k, v in zip(*heads)]
+    by_hand = network[1](network[0].proj(torch.cat(attended, dim=2)))
+    torch.testing.assert_close(network(x), by_hand, rtol=1e-4, atol=1e-5)
 
 
 def test_sampler_width_must_suit_its_heads():

@@ -199,9 +199,10 @@ def test_initialisation():
 
 
 def test_identity_start_of_attention():
-    model = create_pretrain_model(TINY, input_size=32, attn_init="identity")
-    query, key, value = model.decoder.blocks[0].attn.qkv.weight.chunk(3)
-    assert torch.equal(query, key) and not torch.equal(query, value)
+    model = create_pretrain_model(TINY, input_size=32, attn_init="identity", sampler={"kind": "attention"})
+    for attention in (model.decoder.blocks[0].attn, model.encoder.get_token_probs[0]):
+        query, key, value = attention.qkv.weight.chunk(3)
+        assert torch.equal(query, key) and not torch.equal(query, value)
 
 
 def tiny(**settings) -> PretrainVisionTransformer:
@@ -263,6 +264,7 @@ def test_any_size_number_of_frames_and_rule(mask_type, input_size, num_frames):
     [
         {"sampler": {"depth": 2, "width": 64}},
         {"sampler": {"kind": "mlp"}},
+        {"sampler": {"kind": "attention"}, "attn_init": "identity"},
         {"pos_embed": "sinusoid_3d"},
         {"drop_path": 0.3, "checkpoint_activations": True},
         {"sampler_options": {"temperature": 0.5, "positions": True}},
