@@ -40,6 +40,21 @@ def draw_without_replacement(log_p: Tensor, uniform: Tensor, count: int) -> Tens
     return (log_p.detach().float() - exponential.log()).topk(count, dim=1).indices  # (B,count)
 
 
+def log_prob_of_draw(log_p: Tensor, drawn: Tensor) -> Tensor:
+    """log of the probability that `draw_without_replacement` draws just these tokens in just this order, (B).
+
+    It is the sum over the draws of log(p_k / what is left of P at draw k), the Plackett-Luce distribution.
+
+    Args:
+        log_p: (B,N), normalised.
+        drawn: indices (B,Nv), the first drawn one first.
+    """
+    chosen = log_p.gather(1, drawn)  # (B,Nv)
+    never = log_p.scatter(1, drawn, -math.inf).logsumexp(1, keepdim=True)  # (B,1)
+    left = torch.cat([never, chosen.flip(1)], dim=1).logcumsumexp(1)[:, 1:]  # (B,Nv), the last draw first
+    return (chosen - left.flip(1)).sum(1)
+
+
 def draw_evenly(uniform: Tensor, count: int) -> Tensor:
     """Draws without replacement, all entries alike: random numbers (B,N) in [0,1) -> indices (B,count)."""
     return uniform.topk(count, dim=1).indices  # (B,count)
@@ -175,8 +190,8 @@ class MaskingGenerator:
         self.rule = RULES[self.mask_type]
         self.num_draws, self.adaptive = self.num_tokens + self.rule.more_draws, self.rule.adaptive
 
-    def __call__(self, log_p: Tensor, uniform: Tensor | None = None) -> Masking:
-        """Masks each clip independently of the others.
+    def draw(self, log_p: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """Indices (B,Nv) int64 of the visible tokens of each clip, in the order in which its rule draws them.
 
         Args:
             log_p: log-probabilities (B,N); a rule that is not adaptive uses only their shape and device.
@@ -184,7 +199,11 @@ class MaskingGenerator:
         """
         if uniform is None:
             uniform = torch.rand(len(log_p), self.num_draws, device=log_p.device)
-        return split_tokens(self.rule.draw(log_p, uniform, self.window, self.num_visible), self.num_tokens)
+        return self.rule.draw(log_p, uniform, self.window, self.num_visible)
+
+    def __call__(self, log_p: Tensor, uniform: Tensor | None = None) -> Masking:
+        """Masks each clip independently of the others; arguments as in `draw`."""
+        return split_tokens(self.draw(log_p, uniform), self.num_tokens)
 
 
 def sampler_network(

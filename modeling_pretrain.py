@@ -236,16 +236,14 @@ class PretrainVisionTransformer(nn.Module):
         """
         tokens = self.encoder.patch_embed(clip)  # (B,N,D)
         log_probs = self.encoder.log_probs(tokens, **self.sampler_options)  # (B,N)
-        if visible is None:
-            visible, masked = self.masking(log_probs, uniform)  # (B,Nv), (B,Nm)
-        else:
-            visible, masked = split_tokens(visible, tokens.shape[1])
+        drawn = self.masking.draw(log_probs, uniform) if visible is None else visible  # (B,Nv)
+        visible, masked = split_tokens(drawn, tokens.shape[1])  # (B,Nv), (B,Nm)
 
         x = self.encoder_to_decoder(self.encoder(tokens, visible, masked))  # (B,Nv,D'), dense (B,N,D')
         if not self.dense_encoder:
             x = torch.cat([x, self.mask_token.expand(*masked.shape, -1)], dim=1)  # (B,N,D')
         prediction = self.decoder(x, torch.cat([visible, masked], dim=1), masked.shape[1])  # (B,Nm,width)
-        return PretrainOutput(prediction, visible, masked, log_probs if self.masking.adaptive else None)
+        return PretrainOutput(prediction, visible, masked, log_probs if self.masking.adaptive else None, drawn)
 
 
 UNTOUCHED = ("encoder.pos_embed_probs", "decoder.cls_token")  # stay 0, as published

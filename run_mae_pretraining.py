@@ -23,11 +23,21 @@ from pictures.reconstruction import PictureSettings
 from runs import watchdog
 from runs.assembly import Session, build_engine, build_run, build_schedule, open_session
 from runs.engine import Engine
-from runs.flags import AT_LEAST_ONE, BELOW_ONE, ON_OFF, POSITIVE, SHARE, Flags, check_common, common_parser
+from runs.flags import (
+    AT_LEAST_ONE,
+    AT_LEAST_ZERO,
+    BELOW_ONE,
+    ON_OFF,
+    POSITIVE,
+    SHARE,
+    Flags,
+    check_common,
+    common_parser,
+)
 from runs.program import run_program
 from runs.signals import StopSignals
 from runs.training import TrainingRun
-from targets import ERRORS, TARGETS, Losses, create_target
+from targets import ERRORS, SAMPLING_LOSSES, TARGETS, Losses, create_target
 from utils import SettingError, seed_all
 
 
@@ -74,9 +84,11 @@ def get_args_parser() -> Flags:
     add("--pred_t_dim", default=None, type=int, valid=AT_LEAST_ONE,
         help="frames of a clip that are predicted, evenly spread (default: the model's; MAE-ST: 8, others: all)")
     add("--loss", default="mse", choices=list(ERRORS), help="reconstruction error of a token")
-    add("--sampling_loss", default="log", choices=["log", "linear"],
-        help="log: -mean(log p * error), published code; linear: -sum(p * error), paper")
+    add("--sampling_loss", default="log", choices=list(SAMPLING_LOSSES),
+        help="log: -mean(log p * error), published code; linear: -sum(p * error), paper; score_function: PRETRAIN.md")
     add("--sampling_loss_weight", default=1e-4, type=float, help="weight of the sampling loss")
+    add("--sampling_entropy_weight", default=0.0, type=float, valid=AT_LEAST_ZERO,
+        help="weight of the entropy of P / log N, which the sampler then maximises too")
 
     add = parser.group("clips and pictures")
     add("--sampling", default=None, choices=list(FRAME_RULES), help="rule for frame indices (default: the model's)")
@@ -213,7 +225,11 @@ def train(session: Session, model_settings: dict, videos: VideoList) -> None:
         engine,
         loader,
         losses=Losses(
-            target=target, loss=args.loss, sampling_form=args.sampling_loss, sampling_weight=args.sampling_loss_weight
+            target=target,
+            loss=args.loss,
+            sampling_form=args.sampling_loss,
+            sampling_weight=args.sampling_loss_weight,
+            entropy_weight=args.sampling_entropy_weight,
         ),
         colours=colours,
         schedule=build_schedule(args, world, loader.sampler.steps_per_epoch),

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 
 from augment import COLOUR_STATISTICS, normalize
+from masking_generator import log_prob_of_draw
 from modeling_blocks import TUBELET, gather_tokens
 from utils import SettingError
 
@@ -192,31 +194,64 @@ class PretrainOutput(NamedTuple):
     visible: Tensor  # (B,Nv) int64, ascending
     masked: Tensor  # (B,Nm) int64, ascending
     log_probs: Tensor | None  # (B,N) float32 log P of the adaptive sampler, None without one
+    drawn: Tensor  # (B,Nv) int64, the visible tokens in the order in which they were drawn
 
 
-def sampling_loss(log_probs: Tensor, masked: Tensor, error: Tensor, form: str = "log") -> Tensor:
-    """The sampler's loss L_S (AdaMAE section 3.2), a scalar, which moves probability to where the error is.
+def log_form(log_probs: Tensor, masked: Tensor, error: Tensor, drawn: Tensor | None) -> Tensor:
+    """The published code: -mean(log p * error) of the masked tokens.
+
+    A cross-entropy against the map of errors, stationary where P_j is proportional to E[1(j masked) error_j].
+    """
+    return -(log_probs.gather(1, masked).clamp(*LOG_P_RANGE) * error).mean()
+
+
+def linear_form(log_probs: Tensor, masked: Tensor, error: Tensor, drawn: Tensor | None) -> Tensor:
+    """The paper: -sum(p * error) over the masked tokens, averaged over the clips."""
+    return -(log_probs.gather(1, masked).clamp(*LOG_P_RANGE).exp() * error).sum(1).mean()
+
+
+def score_function_form(log_probs: Tensor, masked: Tensor, error: Tensor, drawn: Tensor | None) -> Tensor:
+    """Minimises J = E[C] over the sampler's draws, C being the mean error of the tokens that a draw leaves masked.
+
+    Its gradient is an unbiased estimate of J's, (C - b) d log P(draw) (Williams, 1992). The baseline b is the mean C
+    of the batch's other clips, those of other ranks included, so it does not depend on the clip's own draw.
+    """
+    cost = error.mean(1)  # (B)
+    total, count = cost.sum(), len(cost)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+        count *= dist.get_world_size()
+    baseline = (total - cost) / max(1, count - 1)  # (B); 0 for a batch of one
+    return ((cost - baseline) * log_prob_of_draw(log_probs, drawn)).mean()
+
+
+SAMPLING_LOSSES = {"log": log_form, "linear": linear_form, "score_function": score_function_form}
+
+
+def sampling_loss(
+    log_probs: Tensor, masked: Tensor, error: Tensor, form: str = "log", drawn: Tensor | None = None
+) -> Tensor:
+    """The sampler's loss L_S (AdaMAE section 3.2), a scalar: hard tokens are to become visible.
 
     Args:
         log_probs: log P, (B,N) float32.
         masked: int64 (B,Nm).
         error: reconstruction error of the masked tokens (B,Nm); no gradient flows into it.
-        form: "log", the published code: -mean(log p * error), or "linear", the paper: -sum(p * error), averaged over
-            the clips.
+        form: one of `SAMPLING_LOSSES`.
+        drawn: the visible tokens in the order of drawing, int64 (B,Nv); only "score_function" reads them.
     """
-    error = error.detach()
-    log_p = log_probs.gather(1, masked).clamp(*LOG_P_RANGE)  # (B,Nm)
-    return -(log_p.exp() * error).sum(1).mean() if form == "linear" else -(log_p * error).mean()
+    return SAMPLING_LOSSES[form](log_probs, masked, error.detach(), drawn)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """The two losses of AdaMAE (section 3.2): L = L_R + w L_S."""
+    """The two losses of AdaMAE (section 3.2) and a bonus for the entropy H of P: L = L_R + w L_S - w_H H / log N."""
 
     target: Target
     loss: str = "mse"  # reconstruction error of a token, one of `ERRORS`
-    sampling_form: str = "log"  # of L_S, as in `sampling_loss`
+    sampling_form: str = "log"  # of L_S, one of `SAMPLING_LOSSES`
     sampling_weight: float = 1e-4  # w
+    entropy_weight: float = 0.0  # w_H
 
     def __call__(self, output: PretrainOutput, pixels: Tensor) -> dict[str, Tensor]:
         """The losses of clips (B,3,T,H,W) in [0,1], as named scalars on their device.
@@ -230,12 +265,15 @@ class Losses:
             return {"loss": loss_r, "loss_reconstruction": loss_r}
 
         log_p = output.log_probs  # (B,N)
-        loss_s = self.sampling_weight * sampling_loss(log_p, output.masked, error, self.sampling_form)
-        probs = log_p.detach().exp()  # (B,N)
+        probs = log_p.exp()  # (B,N)
+        entropy = -(probs * log_p).sum(1).mean() / math.log(log_p.shape[1])
+        loss_s = self.sampling_weight * sampling_loss(log_p, output.masked, error, self.sampling_form, output.drawn)
+        if self.entropy_weight:
+            loss_s = loss_s - self.entropy_weight * entropy
         return {
             "loss": loss_r + loss_s,
             "loss_reconstruction": loss_r,
             "loss_sampling": loss_s,
-            "probs_entropy": -(probs * log_p.detach()).sum(1).mean() / math.log(log_p.shape[1]),
-            "probs_max": probs.amax(1).mean(),
+            "probs_entropy": entropy.detach(),
+            "probs_max": probs.detach().amax(1).mean(),
         }

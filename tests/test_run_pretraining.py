@@ -118,7 +118,7 @@ def test_twenty_steps_lower_the_loss(data, tmp_path):
         ["--mask_type", "learnable", "--amp", "bf16", "--vis_freq", "1"],
         ["--use_checkpoint", "--drop_path", "0.1", "--clip_grad", "0.5", "--opt", "sgd"],
         ["--update_freq", "2", "--num_sample", "2", "--crop", "random_resized", "--color_jitter", "0.4"],
-        ["--sampler", "attention", "--sampler_dim", "64", "--sampler_positions", "--vis_freq", "1"],
+        ["--sampler", "attention", "--sampling_loss", "score_function", "--sampling_entropy_weight", "0.1"],
         ["--sampler", "mlp", "--loss", "l1", "--normalize_target", "false", "--sampling_loss", "linear"],
         ["--weight_decay_end", "0.2", "--warmup_steps", "1", "--opt_betas", "0.9", "0.95"],
     ],
