@@ -169,6 +169,26 @@ def visible_count(mask_type: str, mask_ratio: float, window: Window) -> int:
     return count
 
 
+def random_order(uniform: Tensor, window: Window) -> Tensor:
+    """Decodes masked tokens evenly: random numbers (B,1+N) -> the tokens' keys (B,N), lowest first."""
+    return uniform[:, 1:]
+
+
+def running_cell_order(uniform: Tensor, window: Window) -> Tensor:
+    """Decodes masked tokens by running cells (VideoMAE V2): random numbers (B,1+N) -> keys (B,N), lowest first.
+
+    A cell is 2 x 2 tokens of a time slot. Its places come in clockwise order, from one that moves on clockwise by a
+    place in each slot; where it starts is random for each clip, and so is the order of the cells.
+    """
+    slot, row, column = (torch.arange(size, device=uniform.device) for size in window)
+    place = ((column % 2) ^ (row[:, None] % 2 * 3)).flatten()  # (H'W'): 0 1 in even rows, 3 2 in odd ones
+    turn = (place - slot[:, None]).flatten() + (4 * uniform[:, :1]).long()  # (B,N)
+    return turn % 4 + uniform[:, 1:]
+
+
+DECODER_ORDERS = {"random": random_order, "running_cell": running_cell_order}
+
+
 def split_tokens(visible: Tensor, num_tokens: int) -> Masking:
     """Splits the tokens into those at the indices `visible` (B,Nv) and the rest."""
     masked = torch.ones(len(visible), num_tokens, dtype=torch.uint8, device=visible.device)
@@ -178,17 +198,40 @@ def split_tokens(visible: Tensor, num_tokens: int) -> Masking:
 
 
 class MaskingGenerator:
-    """One rule at one ratio for one window of tokens.
+    """One rule at one ratio for one window of tokens, and the masked tokens that the decoder gets.
+
+    Args:
+        decoder_mask_type: one of `DECODER_ORDERS`.
+        decoder_mask_ratio: share of the masked tokens that the decoder leaves out while training; 0: none.
 
     Raises:
-        SettingError: as `visible_count`.
+        SettingError: an unknown order, a decoder ratio outside [0, 1), or as `visible_count`.
     """
 
-    def __init__(self, *, mask_type: str, mask_ratio: float, window: Window):
+    def __init__(
+        self,
+        *,
+        mask_type: str,
+        mask_ratio: float,
+        window: Window,
+        decoder_mask_type: str = "random",
+        decoder_mask_ratio: float = 0.0,
+    ):
         self.mask_type, self.window = ALIASES.get(mask_type, mask_type), window
         self.num_tokens, self.num_visible = math.prod(window), visible_count(mask_type, mask_ratio, window)
         self.rule = RULES[self.mask_type]
-        self.num_draws, self.adaptive = self.num_tokens + self.rule.more_draws, self.rule.adaptive
+        self.adaptive, self.decoder_mask_ratio = self.rule.adaptive, decoder_mask_ratio
+        if decoder_mask_type not in DECODER_ORDERS:
+            raise SettingError(f"--decoder_mask_type {decoder_mask_type}: choose {' or '.join(DECODER_ORDERS)}")
+        if not 0 <= decoder_mask_ratio < 1:
+            raise SettingError(f"--decoder_mask_ratio {decoder_mask_ratio} must be from 0 to below 1")
+        self.decoder_order = DECODER_ORDERS[decoder_mask_type]
+        self.rule_draws = self.num_tokens + self.rule.more_draws
+        self.num_draws = self.rule_draws + (1 + self.num_tokens if decoder_mask_ratio else 0)
+
+    def random_numbers(self, like: Tensor) -> Tensor:
+        """Random numbers (B,num_draws) in [0,1) for as many clips as `like` has, from its device's random state."""
+        return torch.rand(len(like), self.num_draws, device=like.device)
 
     def draw(self, log_p: Tensor, uniform: Tensor | None = None) -> Tensor:
         """Indices (B,Nv) int64 of the visible tokens of each clip, in the order in which its rule draws them.
@@ -197,9 +240,18 @@ class MaskingGenerator:
             log_p: log-probabilities (B,N); a rule that is not adaptive uses only their shape and device.
             uniform: random numbers (B,num_draws) in [0,1); None draws them from the device's random state.
         """
-        if uniform is None:
-            uniform = torch.rand(len(log_p), self.num_draws, device=log_p.device)
-        return self.rule.draw(log_p, uniform, self.window, self.num_visible)
+        uniform = self.random_numbers(log_p) if uniform is None else uniform
+        return self.rule.draw(log_p, uniform[:, : self.rule_draws], self.window, self.num_visible)
+
+    def decoded(self, masked: Tensor, uniform: Tensor | None = None) -> Tensor:
+        """The masked tokens (B,Nm - floor(ratio Nm)) of all (B,Nm) that the decoder gets while training, ascending."""
+        if not self.decoder_mask_ratio:
+            return masked
+        uniform = self.random_numbers(masked) if uniform is None else uniform
+        keys = self.decoder_order(uniform[:, self.rule_draws :], self.window).gather(1, masked)  # (B,Nm)
+        left_out = int(self.decoder_mask_ratio * masked.shape[1])
+        chosen = keys.topk(masked.shape[1] - left_out, dim=1, largest=False).indices
+        return masked.gather(1, chosen.sort(dim=1).values)
 
     def __call__(self, log_p: Tensor, uniform: Tensor | None = None) -> Masking:
         """Masks each clip independently of the others; arguments as in `draw`."""

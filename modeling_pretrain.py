@@ -143,7 +143,7 @@ class PretrainVisionTransformer(nn.Module):
         patch: pixels per side of a token.
         window: tokens in (time, height, width).
         target_width: numbers that the decoder predicts for a token, `width` of a target.
-        mask_type, mask_ratio: as in `MaskingGenerator`.
+        mask_type, mask_ratio, decoder_mask_type, decoder_mask_ratio: as in `MaskingGenerator`.
         decoder_depth: blocks in the decoder.
         sampler: keyword arguments of `sampler_network`, used when the masking is adaptive.
         sampler_options: keyword arguments of `PretrainEncoder.log_probs`.
@@ -170,6 +170,8 @@ class PretrainVisionTransformer(nn.Module):
         target_width: int,
         mask_type: str = "adaptive",
         mask_ratio: float = 0.95,
+        decoder_mask_type: str = "random",
+        decoder_mask_ratio: float = 0.0,
         decoder_depth: int = 4,
         sampler: dict | None = None,
         sampler_options: dict | None = None,
@@ -182,8 +184,16 @@ class PretrainVisionTransformer(nn.Module):
     ):
         super().__init__()
         self.patch, self.window, self.sampler_options = patch, window, sampler_options or {}
+        if dense_encoder and decoder_mask_ratio:
+            raise SettingError("--dense_encoder encodes every token, so it can't go with --decoder_mask_ratio")
         self.like_mae_st, self.dense_encoder = like_mae_st, dense_encoder
-        self.masking = MaskingGenerator(mask_type=mask_type, mask_ratio=mask_ratio, window=window)
+        self.masking = MaskingGenerator(
+            mask_type=mask_type,
+            mask_ratio=mask_ratio,
+            window=window,
+            decoder_mask_type=decoder_mask_type,
+            decoder_mask_ratio=decoder_mask_ratio,
+        )
         sampler = (sampler or {}) if self.masking.adaptive else None
         positions = {"kind": pos_embed, "window": window, "class_token": class_token}
         shared = {"positions": positions, **block_settings}
@@ -227,7 +237,7 @@ class PretrainVisionTransformer(nn.Module):
         return [] if network is None else [self.encoder.pos_embed_probs, *network.parameters()]
 
     def forward(self, clip: Tensor, visible: Tensor | None = None, uniform: Tensor | None = None) -> PretrainOutput:
-        """Masks, encodes and reconstructs normalised clips.
+        """Masks, encodes and reconstructs normalised clips; in evaluation mode all masked tokens of them.
 
         Args:
             clip: (B,3,T,H,W).
@@ -238,6 +248,7 @@ class PretrainVisionTransformer(nn.Module):
         log_probs = self.encoder.log_probs(tokens, **self.sampler_options)  # (B,N)
         drawn = self.masking.draw(log_probs, uniform) if visible is None else visible  # (B,Nv)
         visible, masked = split_tokens(drawn, tokens.shape[1])  # (B,Nv), (B,Nm)
+        masked = self.masking.decoded(masked, uniform) if self.training else masked
 
         x = self.encoder_to_decoder(self.encoder(tokens, visible, masked))  # (B,Nv,D'), dense (B,N,D')
         if not self.dense_encoder:

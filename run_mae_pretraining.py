@@ -14,7 +14,7 @@ from clips.transforms import CROPS, ClipTransform, build_pretrain_transform
 from datasets import FRAME_RULES, TrainDataset
 from engine_for_pretraining import pretrain
 from loaders import build_training_loader
-from masking_generator import ALIASES, RULES, visible_count
+from masking_generator import ALIASES, DECODER_ORDERS, RULES, visible_count
 from modeling_blocks import POSITION_KINDS
 from modeling_finetune import colour_statistics, parse_model_name, token_grid
 from modeling_pretrain import PRETRAIN_MODELS, create_pretrain_model
@@ -64,6 +64,9 @@ def get_args_parser() -> Flags:
     add = parser.group("masking")
     add("--mask_type", default="adaptive", choices=[*RULES, *ALIASES], help="rule that chooses the visible tokens")
     add("--mask_ratio", default=0.95, type=float, help="share of tokens hidden from the encoder")
+    add("--decoder_mask_ratio", default=0.0, type=float, valid=BELOW_ONE,
+        help="share of the masked tokens that the decoder leaves out while training (VideoMAE V2)")
+    add("--decoder_mask_type", default="random", choices=list(DECODER_ORDERS), help="rule that chooses them")
     add("--sampler", default="mha", choices=["mha", "attention", "mlp"],
         help="network of the adaptive sampler: transformer block (published code), attention alone (paper) or mlp")
     add("--sampler_depth", default=1, type=int, valid=AT_LEAST_ONE, help="blocks of mha or attention")
@@ -125,6 +128,8 @@ def check_settings(args: argparse.Namespace) -> tuple[dict, VideoList]:
         "input_size": args.input_size or img,
         "mask_type": ALIASES.get(args.mask_type, args.mask_type),
         "mask_ratio": args.mask_ratio,
+        "decoder_mask_type": args.decoder_mask_type,
+        "decoder_mask_ratio": args.decoder_mask_ratio,
         "target": args.target,
         "target_settings": pixels if args.target == "pixels" else {},
         "decoder_depth": args.decoder_depth,

@@ -192,7 +192,7 @@ class PretrainOutput(NamedTuple):
 
     prediction: Tensor  # (B,Nm,width), in `masked` order
     visible: Tensor  # (B,Nv) int64, ascending
-    masked: Tensor  # (B,Nm) int64, ascending
+    masked: Tensor  # (B,Nm) int64, ascending; while training those that the decoder gets (--decoder_mask_ratio)
     log_probs: Tensor | None  # (B,N) float32 log P of the adaptive sampler, None without one
     drawn: Tensor  # (B,Nv) int64, the visible tokens in the order in which they were drawn
 

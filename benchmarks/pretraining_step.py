@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from augment import normalize, to_pixels
+from masking_generator import DECODER_ORDERS
 from modeling_pretrain import create_pretrain_model
 from optim import create_optimizer
 from runs.engine import Engine
@@ -31,11 +32,9 @@ PAIRS = [("this", "published way"), ("this (tube)", "Hugging Face VideoMAE")]  #
 Step = Callable[[Tensor], object]  # of uint8 clips (B,3,T,H,W)
 
 
-def this(
-    device: torch.device, amp: torch.dtype | None, *, ratio: float, compiled: bool, mask_type: str = "adaptive"
-) -> Step:
+def this(device: torch.device, amp: torch.dtype | None, *, ratio: float, compiled: bool, **masking) -> Step:
     keep_freed_memory()
-    model = create_pretrain_model(MODEL, mask_type=mask_type, mask_ratio=ratio).to(device)
+    model = create_pretrain_model(MODEL, mask_ratio=ratio, **masking).to(device)
     optimizer = create_optimizer(model, lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95))
     engine = Engine(model, optimizer, device=device, amp=amp, compile_model=compiled)
     losses = Losses(target=create_target("pixels", patch=model.patch))
@@ -90,22 +89,25 @@ STEPS = {
 }
 
 
-def flops(name: str, ratio: float) -> float:
+def flops(name: str, settings: dict) -> float:
     """Floating-point operations of one clip's step, counted with attention written out."""
     published.use_published_kernels()
-    step = STEPS[name](torch.device("cpu"), None, ratio=ratio, compiled=False)
+    step = STEPS[name](torch.device("cpu"), None, **settings, compiled=False)
     return harness.flops_of(lambda: step(torch.zeros(1, 3, 16, 224, 224, dtype=torch.uint8)))
 
 
 def main() -> None:
     parser = harness.step_parser(__doc__, list(STEPS), batch_size=4)
     parser.add_argument("--mask_ratio", type=float, default=0.95)
+    parser.add_argument("--decoder_mask_ratio", type=float, default=0.0, help="of ours")
+    parser.add_argument("--decoder_mask_type", default="random", choices=list(DECODER_ORDERS))
     args = parser.parse_args()
-    settings = {"ratio": args.mask_ratio, "compiled": args.compile}
+    settings = {name: getattr(args, name) for name in ("decoder_mask_ratio", "decoder_mask_type")}
+    settings["ratio"] = args.mask_ratio
     if args.only == "flops":
-        print(json.dumps({name: flops(name, args.mask_ratio) for name, _ in PAIRS}))
+        print(json.dumps({name: flops(name, settings) for name, _ in PAIRS}))
     elif args.only:
-        harness.measure_child(STEPS[args.only], args, **settings)
+        harness.measure_child(STEPS[args.only], args, **settings, compiled=args.compile)
     else:
         harness.run_steps(args, PAIRS)
 

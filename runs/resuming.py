@@ -94,7 +94,7 @@ def load(
 # Model settings that may change between a run and its continuation: they shape no weight.
 CHANGEABLE = {
     *("checkpoint_activations", "drop_path", "drop", "attn_drop", "fc_drop", "init_scale", "attn_init"),
-    "sampler_options",
+    *("sampler_options", "decoder_mask_type", "decoder_mask_ratio"),
 }
 
 

@@ -9,6 +9,7 @@ import torch
 from golden import needs_golden, table
 
 from masking_generator import (
+    DECODER_ORDERS,
     RULES,
     MaskingGenerator,
     draw_without_replacement,
@@ -153,6 +154,60 @@ def test_split_tokens_takes_any_order():
 def test_impossible_settings_are_refused(mask_type, ratio, words):
     with pytest.raises(ValueError, match=words):
         MaskingGenerator(mask_type=mask_type, mask_ratio=ratio, window=(8, 14, 14))
+
+
+def decoder_masking(decoder_mask_type: str, ratio: float = 0.5, **settings) -> MaskingGenerator:
+    settings = {"mask_type": "adaptive", "mask_ratio": 0.9, "window": (8, 14, 14), **settings}
+    return MaskingGenerator(decoder_mask_type=decoder_mask_type, decoder_mask_ratio=ratio, **settings)
+
+
+@pytest.mark.parametrize("decoder_mask_type", DECODER_ORDERS)
+@pytest.mark.parametrize("mask_type", RULES)
+@pytest.mark.parametrize(("window", "ratio"), [((8, 4, 4), 0.5), ((4, 5, 3), 0.75), ((2, 6, 6), 0.1)])
+def test_the_decoder_gets_a_fixed_number_of_masked_tokens(decoder_mask_type, mask_type, window, ratio):
+    masking = decoder_masking(decoder_mask_type, ratio, mask_type=mask_type, mask_ratio=0.5, window=window)
+    masked = masking(uniform(6, window)).masked
+    decoded = masking.decoded(masked)
+    assert decoded.shape == (6, masked.shape[1] - int(ratio * masked.shape[1]))
+    assert (decoded.diff(dim=1) > 0).all()
+    assert all(set(some.tolist()) <= set(every.tolist()) for some, every in zip(decoded, masked, strict=True))
+
+
+@pytest.mark.parametrize("decoder_mask_type", DECODER_ORDERS)
+def test_every_masked_token_is_decoded_equally_often(decoder_mask_type):
+    masking = decoder_masking(decoder_mask_type, 0.7, window=(4, 4, 4))
+    torch.manual_seed(0)
+    every = torch.arange(64).expand(20_000, -1)
+    share = torch.bincount(masking.decoded(every).flatten(), minlength=64) / 20_000
+    assert (share - 20 / 64).abs().max() < 4.5 * (20 / 64 * 44 / 64 / 20_000) ** 0.5
+
+
+def test_running_cells_decode_half_of_each_cell_and_move_on_clockwise():
+    masking = decoder_masking("running_cell")
+    torch.manual_seed(0)
+    decoded = masking.decoded(torch.arange(1568).expand(16, -1))
+    kept = torch.zeros(16, 1568, dtype=torch.bool).scatter(1, decoded, True).view(16, 8, 7, 2, 7, 2)
+    assert (kept == kept[:, :, :1, :, :1]).all(), "all cells of a slot alike"
+    clockwise = kept[:, :, 0, :, 0].flatten(2)[:, :, [0, 1, 3, 2]]  # (16,8,4)
+    assert (clockwise.sum(2) == 2).all()
+    assert all((row & row.roll(1, 1)).any(1).all() for row in clockwise), "two neighbours"
+    assert torch.equal(clockwise[:, 1:], clockwise[:, :-1].roll(1, 2)), "a place further in each slot"
+    assert len({tuple(row.flatten().tolist()) for row in clockwise}) == 4, "each clip starts at a random place"
+
+
+def test_without_decoder_masking_nothing_changes():
+    plain, half = (decoder_masking("running_cell", ratio) for ratio in (0.0, 0.5))
+    assert plain.num_draws == 1568 and half.num_draws == 1568 + 1 + 1568
+    numbers, log_p = torch.rand(3, half.num_draws), torch.randn(3, 1568).log_softmax(1)
+    visible, masked = half(log_p, numbers)
+    assert torch.equal(visible, plain(log_p, numbers[:, :1568]).visible)
+    assert plain.decoded(masked) is masked
+
+
+@pytest.mark.parametrize(("kind", "ratio", "words"), [("cell", 0.5, "mask_type cell"), ("random", 1.0, "below 1")])
+def test_impossible_decoder_masks_are_refused(kind, ratio, words):
+    with pytest.raises(ValueError, match=words):
+        decoder_masking(kind, ratio)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import torch
 from golden import GOLDEN, cases, needs_golden, tensors, under
 from golden import manifest as golden_manifest
 
-from masking_generator import RULES
+from masking_generator import DECODER_ORDERS, RULES
 from modeling_blocks import sinusoid_1d, sinusoid_3d
 from modeling_finetune import Size
 from modeling_pretrain import PretrainVisionTransformer, create_pretrain_model
-from targets import create_target, sampling_loss
+from targets import SAMPLING_LOSSES, Losses, create_target, patchify, sampling_loss, unpatchify
 
 BASE, TINY = "pretrain_videomae_base_patch16_224", "pretrain_videomae_tiny_patch8_64"
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1, 1)
@@ -257,6 +257,38 @@ def test_any_size_number_of_frames_and_rule(mask_type, input_size, num_frames):
     assert out.prediction.shape == (2, tokens - model.masking.num_visible, 2 * 8 * 8 * 3)
     assert out.visible.shape == (2, model.masking.num_visible)
     assert (out.log_probs is not None) == (mask_type == "adaptive")
+
+
+@pytest.mark.parametrize("decoder_mask_type", DECODER_ORDERS)
+@pytest.mark.parametrize("mask_type", RULES)
+def test_the_decoder_sees_and_predicts_a_share_of_the_masked_tokens_while_training(mask_type, decoder_mask_type):
+    settings = {"mask_type": mask_type, "mask_ratio": 0.75, "decoder_mask_type": decoder_mask_type}
+    settings["sampler"] = {"kind": "mlp"}  # the others have dropout
+    model = create_pretrain_model(TINY, input_size=32, decoder_mask_ratio=0.5, **settings)
+    clip, uniform = torch.randn(2, 3, 16, 32, 32), torch.rand(2, model.masking.num_draws)
+    seen = []
+    model.decoder.blocks.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    some, again, every = model(clip, uniform=uniform), model(clip, uniform=uniform), model.eval()(clip, uniform=uniform)
+    visible, masked = every.visible.shape[1], every.masked.shape[1]
+    assert visible + masked == 128 and seen == [visible + masked - masked // 2] * 2 + [128]
+    assert some.prediction.shape[:2] == some.masked.shape == (2, masked - masked // 2)
+    assert torch.equal(some.masked, again.masked) and torch.equal(some.prediction, again.prediction)
+    assert torch.equal(some.visible, every.visible)
+    seen_and_predicted = torch.cat([some.visible, some.masked], dim=1)
+    assert all(len(set(row.tolist())) == seen[0] for row in seen_and_predicted), "no token twice"
+
+
+@pytest.mark.parametrize("form", SAMPLING_LOSSES)
+def test_losses_see_the_decoded_tokens_only(form):
+    """What stands in the pixels of tokens that are neither visible nor decoded changes nothing."""
+    torch.manual_seed(0)
+    model = create_pretrain_model(TINY, input_size=32, mask_ratio=0.9, decoder_mask_ratio=0.5)
+    losses, pixels = Losses(target=create_target("pixels", patch=8), sampling_form=form), torch.rand(2, 3, 16, 32, 32)
+    out = model(pixels)
+    left_out = torch.ones(2, 128, dtype=torch.bool).scatter(1, torch.cat([out.visible, out.masked], dim=1), False)
+    others = torch.where(left_out[:, :, None], 1.0, patchify(pixels, 8))
+    values, again = (losses(out, x) for x in (pixels, unpatchify(others, (8, 4, 4), 8)))
+    assert left_out.any() and all(torch.equal(values[name], again[name]) for name in values)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ SMALL_RUN = [
     *("--save_ckpt_freq", "1", "--log_freq", "1", "--vis_freq", "0"),
 ]
 
+HALF_DECODED = ["--decoder_mask_ratio", "0.5", "--decoder_mask_type", "running_cell"]
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -94,6 +96,19 @@ def test_a_resumed_run_equals_a_straight_one(straight, data, tmp_path, workers):
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
+def test_a_run_with_decoder_masking_resumes_exactly_and_may_go_on_without(straight, data, tmp_path):
+    for folder in (tmp_path / "straight", tmp_path / "resumed"):
+        pretrain(data, folder, *HALF_DECODED)
+    (tmp_path / "resumed" / "checkpoint-1.pth").unlink()
+    pretrain(data, tmp_path / "resumed", *HALF_DECODED)
+    ours, theirs = weights(tmp_path / "resumed", 1), weights(tmp_path / "straight", 1)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert any(not torch.equal(theirs[k], value) for k, value in weights(straight[0], 1).items())
+    (tmp_path / "resumed" / "checkpoint-1.pth").unlink()
+    resumed = pretrain(data, tmp_path / "resumed")
+    assert "--decoder_mask_ratio 0.5 -> 0.0" in resumed.stdout + resumed.stderr
+
+
 def test_a_damaged_checkpoint_is_passed_over(straight, data, tmp_path):
     pretrain(data, tmp_path)
     newest = tmp_path / "checkpoint-1.pth"
@@ -105,8 +120,9 @@ def test_a_damaged_checkpoint_is_passed_over(straight, data, tmp_path):
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
-def test_twenty_steps_lower_the_loss(data, tmp_path):
-    pretrain(data, tmp_path, "--epochs", "10", "--save_ckpt_freq", "10", "--lr", "0.1")
+@pytest.mark.parametrize("flags", [[], [*HALF_DECODED, "--sampling_loss", "score_function", "--sampler", "attention"]])
+def test_twenty_steps_lower_the_loss(data, tmp_path, flags):
+    pretrain(data, tmp_path, "--epochs", "10", "--save_ckpt_freq", "10", "--lr", "0.1", *flags)
     losses = [entry["loss_reconstruction"] for entry in log(tmp_path)]
     assert len(losses) == 10 and losses[-1] < 0.95 * losses[0]
 
@@ -120,6 +136,7 @@ def test_twenty_steps_lower_the_loss(data, tmp_path):
         ["--update_freq", "2", "--num_sample", "2", "--crop", "random_resized", "--color_jitter", "0.4"],
         ["--sampler", "attention", "--sampling_loss", "score_function", "--sampling_entropy_weight", "0.1"],
         ["--sampler", "mlp", "--loss", "l1", "--normalize_target", "false", "--sampling_loss", "linear"],
+        ["--mask_type", "frame", *HALF_DECODED, "--vis_freq", "1"],
         ["--weight_decay_end", "0.2", "--warmup_steps", "1", "--opt_betas", "0.9", "0.95"],
     ],
 )

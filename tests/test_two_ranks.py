@@ -49,11 +49,11 @@ def losses_and_weights(program: list[str], data, output, *flags, processes: int)
     ("program", "flags"),
     [
         (PRETRAIN, ["--mask_type", "adaptive"]),
-        (PRETRAIN, ["--sampling_loss", "score_function", "--sampling_loss_weight", "0.1"]),
+        (PRETRAIN, ["--sampling_loss", "score_function", "--decoder_mask_ratio", "0.5"]),
         (PRETRAIN, ["--mask_type", "tube", "--update_freq", "2"]),
         (FINETUNE, ["--clip_grad", "1"]),
     ],
-    ids=["adaptive", "score function", "tube, accumulated", "finetuning"],
+    ids=["adaptive", "score function, half decoded", "tube, accumulated", "finetuning"],
 )
 def test_two_ranks_train_as_one(program, flags, data, tmp_path):
     one = losses_and_weights(program, data, tmp_path / "one", *flags, "--batch_size", "4", processes=1)
