@@ -1,8 +1,7 @@
 """The pre-training model of AdaMAE, VideoMAE and MAE-ST: encoder, masking and a light decoder.
 
-The first two differ only in what chooses the visible tokens: AdaMAE's sampling network, whose parameters belong to the
-encoder as in the published code, or a fixed random rule. MAE-ST differs from them in its settings: learnable positions,
-class tokens, biases, initial values. Weights have the names of the published checkpoints.
+The first two differ only in what chooses the visible tokens: AdaMAE's sampling network, which belongs to the encoder as in
+the published code, or a fixed random rule. MAE-ST differs in settings. Weights have the names of the published checkpoints.
 """
 
 import math
@@ -187,16 +186,11 @@ class PretrainVisionTransformer(nn.Module):
         if dense_encoder and decoder_mask_ratio:
             raise SettingError("--dense_encoder encodes every token, so it can't go with --decoder_mask_ratio")
         self.like_mae_st, self.dense_encoder = like_mae_st, dense_encoder
-        self.masking = MaskingGenerator(
-            mask_type=mask_type,
-            mask_ratio=mask_ratio,
-            window=window,
-            decoder_mask_type=decoder_mask_type,
-            decoder_mask_ratio=decoder_mask_ratio,
-        )
+        rule = {"mask_type": mask_type, "mask_ratio": mask_ratio, "window": window}
+        decoded = {"decoder_mask_type": decoder_mask_type, "decoder_mask_ratio": decoder_mask_ratio}
+        self.masking = MaskingGenerator(**rule, **decoded)
         sampler = (sampler or {}) if self.masking.adaptive else None
-        positions = {"kind": pos_embed, "window": window, "class_token": class_token}
-        shared = {"positions": positions, **block_settings}
+        shared = {"positions": {"kind": pos_embed, "window": window, "class_token": class_token}, **block_settings}
         self.encoder = PretrainEncoder(size=size, patch=patch, sampler=sampler, dense=dense_encoder, **shared)
         dim, heads = size.decoder_dim, size.decoder_heads
         self.encoder_to_decoder = nn.Linear(size.dim, dim, bias=like_mae_st)

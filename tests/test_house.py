@@ -135,4 +135,4 @@ def test_no_function_is_longer_than_40_lines_and_no_file_than_300():
 
 
 def test_the_method_stays_short():
-    assert sum((ROOT / name).read_text().count("\n") for name in METHOD) < 1400
+    assert sum((ROOT / name).read_text().count("\n") for name in METHOD) < 1500
