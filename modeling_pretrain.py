@@ -1,7 +1,7 @@
 """The pre-training model of AdaMAE, VideoMAE and MAE-ST: encoder, masking and a light decoder.
 
-The first two differ only in what chooses the visible tokens: AdaMAE's sampling network, which belongs to the encoder as in
-the published code, or a fixed random rule. MAE-ST differs in settings. Weights have the names of the published checkpoints.
+The first two differ only in what chooses the visible tokens: AdaMAE's sampling network, which belongs to the encoder as
+in the published code, or a fixed random rule. MAE-ST differs in settings. Weights have the published names.
 """
 
 import math
