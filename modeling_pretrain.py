@@ -182,7 +182,7 @@ class PretrainVisionTransformer(nn.Module):
         **block_settings,
     ):
         super().__init__()
-        self.patch, self.window, self.sampler_options = patch, window, sampler_options or {}
+        self.patch, self.window, self.pos_kind, self.sampler_options = patch, window, pos_embed, sampler_options or {}
         if dense_encoder and decoder_mask_ratio:
             raise SettingError("--dense_encoder encodes every token, so it can't go with --decoder_mask_ratio")
         self.like_mae_st, self.dense_encoder = like_mae_st, dense_encoder

@@ -4,8 +4,10 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from augment import COLOUR_STATISTICS, to_pixels
@@ -39,6 +41,8 @@ from runs.signals import StopSignals
 from runs.training import TrainingRun
 from targets import ERRORS, SAMPLING_LOSSES, TARGETS, Losses, create_target
 from utils import SettingError, seed_all
+from weights.names import Weights, load_weights
+from weights.pretraining import PARTS, load_pretraining_weights
 
 
 # fmt: off
@@ -60,6 +64,10 @@ def get_args_parser() -> Flags:
     add("--class_token", default=None, **ON_OFF, help="give encoder and decoder a class token (default: the model's)")
     add("--dense_encoder", action="store_true", help="encode all tokens, masked ones as a learned vector (MAE-ST)")
     add("--attn_init", default="xavier", choices=["xavier", "identity"], help="initialisation of attention")
+
+    add = parser.group("initial weights")
+    add("--finetune", default="", help="checkpoint to start from (default: random weights)")
+    add("--finetune_parts", default="all", choices=PARTS, help="what to take of it")
 
     add = parser.group("masking")
     add("--mask_type", default="adaptive", choices=[*RULES, *ALIASES], help="rule that chooses the visible tokens")
@@ -104,14 +112,20 @@ def get_args_parser() -> Flags:
 # fmt: on
 
 
-def check_settings(args: argparse.Namespace) -> tuple[dict, VideoList]:
-    """Validates the settings before anything is built.
+@dataclass
+class Settings:
+    """What the flags say, validated: the arguments of `create_pretrain_model`, the videos, and the weights to load."""
 
-    Returns:
-        The settings of `create_pretrain_model`, and the list of videos.
+    model: dict
+    videos: VideoList
+    weights: Weights | None
+
+
+def check_settings(args: argparse.Namespace) -> Settings:
+    """Validates the settings before anything is built, and reads the list and the checkpoint to start from.
 
     Raises:
-        SettingError: says what to change.
+        SettingError, CheckpointError: says what to change.
     """
     check_common(args)
     if not args.data_path:
@@ -148,7 +162,8 @@ def check_settings(args: argparse.Namespace) -> tuple[dict, VideoList]:
         "drop_path": args.drop_path,
         "checkpoint_activations": args.use_checkpoint,
     }
-    return model_settings, read_list(args.data_path, args.data_root)
+    weights = load_weights(args.finetune) if args.finetune else None
+    return Settings(model_settings, read_list(args.data_path, args.data_root), weights)
 
 
 def take_family_defaults(args: argparse.Namespace) -> None:
@@ -204,25 +219,34 @@ def picture_drawer(
     return draw
 
 
-def train(session: Session, model_settings: dict, videos: VideoList) -> None:
+def build_model(args: argparse.Namespace, settings: Settings, report: Callable[[str], None]) -> nn.Module:
+    """The model, with the weights to start from."""
+    model = create_pretrain_model(**settings.model)
+    if settings.weights:
+        load_pretraining_weights(model, settings.weights, parts=args.finetune_parts, report=report)
+    settings.weights = None  # as large as the model
+    return model
+
+
+def train(session: Session, settings: Settings) -> None:
     """Assembles a run and trains it."""
-    args, world = session.args, session.world
-    loader = build_loader(session, videos, model_settings["input_size"])
+    args, world, videos = session.args, session.world, settings.videos
+    loader = build_loader(session, videos, settings.model["input_size"])
     seed_all(args.seed)
-    model = create_pretrain_model(**model_settings).to(world.device)
+    model = build_model(args, settings, session.console.say).to(world.device)
     engine = build_engine(args, model, world, watch={"sampler": model.sampler_parameters()})
     session.to_close.callback(engine.close)
     masking = model.masking
     text = f"{masking.mask_type} masking: {masking.num_visible} of {masking.num_tokens} tokens visible"
     session.describe(engine, model=text, videos=f"{len(videos)} videos")
 
-    run = build_run(session, engine, loader.sampler, model_settings=model_settings, videos=videos, num_read=len(videos))
+    run = build_run(session, engine, loader.sampler, model_settings=settings.model, videos=videos, num_read=len(videos))
     target = create_target(
         args.target,
         patch=model.patch,
         normalize=args.normalize_target,
         num_frames=args.num_frames,
-        **model_settings["target_settings"],
+        **settings.model["target_settings"],
     )
     colours = COLOUR_STATISTICS[colour_statistics(model.statistics, imagenet=args.imagenet_default_mean_and_std)]
     pretrain(
@@ -252,10 +276,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def work(signals: StopSignals, to_close: ExitStack) -> int:
         flags.check(args)
-        model_settings, videos = check_settings(args)
+        settings = check_settings(args)
         session = open_session(args, flags, signals, to_close, most_workers=4)
-        check_readable(videos, args.decoder, decode_timeout=args.decode_timeout)
-        train(session, model_settings, videos)
+        check_readable(settings.videos, args.decoder, decode_timeout=args.decode_timeout)
+        train(session, settings)
         return 0
 
     return run_program("run_mae_pretraining.py", work)

@@ -261,8 +261,7 @@ def test_every_flag_is_read():
 def test_flags_reach_model_engine_and_schedule(data):
     flags = "--drop_path 0.3 --use_checkpoint --clip_grad 0.5 --weight_decay_end 0.2 --warmup_steps 3 --compile"
     args = get_args_parser().parse_args([*SMALL_RUN, *flags.split(), "--data_path", str(data / "list.csv")])
-    model_settings, _ = check_settings(args)
-    model = create_pretrain_model(**model_settings)
+    model = create_pretrain_model(**check_settings(args).model)
     assert model.encoder.blocks[-1].drop_path1.drop_prob == pytest.approx(0.3)
     assert model.encoder.blocks.checkpoint_activations and model.decoder.blocks.checkpoint_activations
     engine = build_engine(args, model, World(torch.device("cpu"), 0, 1))

@@ -58,7 +58,14 @@ def load_classifier_weights(
         CheckpointError: the weights are those of no video ViT or of another architecture; names the first weight
             that does not fit and both shapes.
     """
-    tensors, result = fit_weights(found, model)
+    return load_fitted(model, found, fit_weights(found, model), report)
+
+
+def load_fitted(
+    model: nn.Module, found: Weights, fitted: tuple[dict[str, Tensor], LoadReport], report: Callable[[str], None]
+) -> LoadReport:
+    """Loads what `fit_weights` returned as weights to start from, and reports it as text."""
+    tensors, result = fitted
     model.load_state_dict(tensors, strict=False)
     trained_with = found.settings.get("pos_embed") or model.pos_kind
     if trained_with != model.pos_kind:
@@ -138,8 +145,27 @@ def _classifier_name(found: Weights) -> str:
     raise CheckpointError(f"{found.path}: no known classifier is a {found.kind} model of {_describe(found.tensors)}")
 
 
-def fit_weights(found: Weights, model: VisionTransformer | Probe) -> tuple[dict[str, Tensor], LoadReport]:
-    """Gives the tensors of a checkpoint the names and shapes of a classifier; returns those to load, and the report.
+def in_encoder(name: str) -> bool:
+    """Whether features need this weight: not the case for final norm, head and decoder."""
+    tables = ("cls_token", "pos_embed_class", *POSITION_TABLES)
+    return plain_name(name).split(".")[0] in ("patch_embed", "blocks", *tables)
+
+
+def fit_weights(
+    found: Weights,
+    model: nn.Module,
+    *,
+    wanted: Callable[[str], bool] = lambda name: True,
+    needed: Callable[[str], bool] = in_encoder,
+    spare: tuple[str, ...] = ("head.",),
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """Gives the tensors of a checkpoint the names and shapes of a model; returns those to load, and the report.
+
+    Args:
+        model: classifier, probe or pre-training model.
+        wanted: whether to take the weight of this name.
+        needed: whether file and model must both have the weight of this name.
+        spare: how the names begin (`plain_name`) of weights that are left out where the shapes differ.
 
     Raises:
         CheckpointError: as `load_classifier_weights`.
@@ -147,7 +173,7 @@ def fit_weights(found: Weights, model: VisionTransformer | Probe) -> tuple[dict[
     _check_known(found)
     target = model.state_dict()
     origin = {name if name in target else plain_name(name): name for name in found.tensors}
-    taken = {name: found.tensors[origin[name]] for name in origin if name in target}
+    taken = {name: found.tensors[origin[name]] for name in origin if name in target and wanted(name)}
     slots = found.num_frames and found.num_frames // found.plain["patch_embed.proj.weight"].shape[2]
     notes = resize_tables(taken, target, model.window, slots)
     wrong = {
@@ -155,25 +181,18 @@ def fit_weights(found: Weights, model: VisionTransformer | Probe) -> tuple[dict[
         for name, value in taken.items()
         if value.shape != target[name].shape
     }
-    if other_head := [name for name in wrong if name.startswith("head.")]:
-        taken = {name: value for name, value in taken.items() if not name.startswith("head.")}
-        notes += [f"{name} dropped: {wrong.pop(name)}" for name in other_head]
+    for start in spare:
+        if dropped := [name for name in wrong if plain_name(name).startswith(start)]:
+            taken = {name: value for name, value in taken.items() if not plain_name(name).startswith(start)}
+            notes += [f"{name} dropped: {wrong.pop(name)}" for name in dropped]
     unmatched = [name for name in origin if name not in taken]
-
-    had_table = any(name in POSITION_TABLES for name in found.plain)
-    learned = had_table or found.settings.get("pos_embed") in ("learnable", "separable")
-    needed = [name for name in target if _in_encoder(name) and (learned or plain_name(name) != "pos_embed")]
     problems = [
         *(f"{name} is {shapes}" for name, shapes in wrong.items()),
-        *(f"{name} is not in the file" for name in needed if name not in taken),
-        *(f"{name} is not in the model" for name in unmatched if _in_encoder(name)),
+        *(f"{name} is not in the file" for name in _expected(found, target) if needed(name) and name not in taken),
+        *(f"{name} is not in the model" for name in unmatched if needed(name)),
     ]
     if problems:
-        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise CheckpointError(
-            f"{found.path}: {found.kind} checkpoint ({_describe(found.tensors)}) does not fit the "
-            f"{recognise(target)} ({_describe(target)}): {problems[0]}{more}"
-        )
+        raise CheckpointError(_misfit(found, target, problems))
     return taken, LoadReport(
         source=f"{found.path}: {found.kind} checkpoint",
         loaded=list(taken),
@@ -183,16 +202,25 @@ def fit_weights(found: Weights, model: VisionTransformer | Probe) -> tuple[dict[
     )
 
 
+def _expected(found: Weights, target: dict[str, Tensor]) -> list[str]:
+    """The names in a model, but for a learned position table where the file's positions were fixed."""
+    had_table = any(name in POSITION_TABLES for name in found.plain)
+    learned = had_table or found.settings.get("pos_embed") in ("learnable", "separable")
+    return [name for name in target if learned or plain_name(name) != "pos_embed"]
+
+
+def _misfit(found: Weights, target: dict[str, Tensor], problems: list[str]) -> str:
+    more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return (
+        f"{found.path}: {found.kind} checkpoint ({_describe(found.tensors)}) does not fit the "
+        f"{recognise(target)} ({_describe(target)}): {problems[0]}{more}"
+    )
+
+
 def _check_known(found: Weights) -> None:
     if not found.kind:
         names = ", ".join(sorted(found.tensors)[:3])
         raise CheckpointError(f"{found.path}: no checkpoint of a known video ViT (it holds {names}, ...)")
-
-
-def _in_encoder(name: str) -> bool:
-    """Whether features need this weight: not the case for final norm, head and decoder."""
-    tables = ("cls_token", "pos_embed_class", *POSITION_TABLES)
-    return plain_name(name).split(".")[0] in ("patch_embed", "blocks", *tables)
 
 
 def _describe(tensors: dict[str, Tensor]) -> str:

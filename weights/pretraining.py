@@ -1,12 +1,19 @@
-"""The pre-training model of an AdaMAE, VideoMAE or MAE-ST checkpoint, ours or published."""
+"""The pre-training model of an AdaMAE, VideoMAE or MAE-ST checkpoint, ours or published, or started from one."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from math import isqrt
 
 from modeling_blocks import TUBELET
 from modeling_finetune import parse_model_name
 from modeling_pretrain import PRETRAIN_MODELS, VIDEOMAE, PretrainVisionTransformer, create_pretrain_model
 from runs.checkpoints import CheckpointError
-from weights.names import Weights
+from weights.classifier import LoadReport, fit_weights, in_encoder, load_fitted
+from weights.names import Weights, plain_name
+
+PARTS = ("all", "encoder")  # of a model that may start from a checkpoint
+SAMPLER = ("pos_embed_probs", "get_token_probs")
+SPARE = ("decoder.head.", "pos_embed_probs")  # depend on the target, and on the number of tokens
 
 
 def pretrain_settings(found: Weights) -> dict:
@@ -73,3 +80,35 @@ def load_pretrain_model(found: Weights, **changes) -> PretrainVisionTransformer:
     except RuntimeError as error:
         raise CheckpointError(f"{found.path} does not fit {settings['name']}: {error}") from error
     return model.eval()
+
+
+def load_pretraining_weights(
+    model: PretrainVisionTransformer, found: Weights, *, parts: str = "all", report: Callable[[str], None] = print
+) -> LoadReport:
+    """Starts a pre-training model from a checkpoint, and reports it as text.
+
+    A sampler is loaded where both have one. The decoder's head for another target, and the sampler's table of
+    positions for another number of tokens, keep their initial values.
+
+    Args:
+        parts: "encoder" (without the sampler, of a pre-training or fine-tuned checkpoint), or "all".
+
+    Raises:
+        CheckpointError: as `load_classifier_weights`; or there is no decoder, or one of another architecture.
+    """
+    ours = {plain_name(name): name for name in model.state_dict()}
+    found = replace(found, tensors={ours.get(plain_name(name), name): x for name, x in found.tensors.items()})
+    fitted = fit_weights(found, model, wanted=lambda name: in_encoder(name) or plain_name(name).startswith("norm."))
+    if parts == "all":
+        try:
+            fitted = fit_weights(found, model, needed=_needed(found, model), spare=SPARE)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; --finetune_parts encoder takes the encoder alone") from error
+    return load_fitted(model, found, fitted, report)
+
+
+def _needed(found: Weights, model: PretrainVisionTransformer) -> Callable[[str], bool]:
+    """All weights but the spare ones, and those of a sampler that only the file or only the model has."""
+    both_have_one = model.masking.adaptive and "pos_embed_probs" in found.plain
+    optional = SPARE if both_have_one else (*SPARE, *SAMPLER)
+    return lambda name: not plain_name(name).startswith(optional)
