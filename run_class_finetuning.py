@@ -29,6 +29,7 @@ from runs.program import run_program
 from runs.signals import StopSignals
 from utils import SettingError, seed_all
 from weights.classifier import load_classifier_weights
+from weights.images import INFLATIONS, TIMM, inflate, load_timm
 from weights.names import Weights, load_weights
 from weights.tested import check_same_on_all_ranks, check_tested, find_tested, load_tested
 
@@ -60,9 +61,12 @@ def get_args_parser() -> Flags:
     add("--model_ema_force_cpu", action="store_true", help="keep it in the host's memory, not on the GPU")
 
     add = parser.group("initial weights")
-    add("--finetune", default="", help="checkpoint of the encoder (default: train from scratch)")
+    add("--finetune", default="",
+        help="checkpoint of the encoder, or timm:NAME, an image ViT of timm (default: train from scratch)")
     add("--model_key", default="model|module", help="key of the weights in the checkpoint; the first one present")
     add("--model_prefix", default="", help="prefix of the weights to take")
+    add("--inflate", default="mean", choices=list(INFLATIONS),
+        help="an image's patch embedding in time: spread over the frames of a tubelet, or in its middle one")
     add("--linear_probe", action="store_true", help="train a linear layer on the frozen encoder")
     add("--attentive_probe", action="store_true", help="train attention pooling and a linear layer on it")
     add("--probe_batch_norm", action="store_true", help="standardise the features of a probe (MAE)")
@@ -177,6 +181,8 @@ def find_weights(args: argparse.Namespace) -> Weights | None:
     place = {"model_key": args.model_key, "prefix": args.model_prefix}
     if args.eval:
         return find_tested(finetune=args.finetune, resume=args.resume, output_dir=args.output_dir, **place)
+    if args.finetune.startswith(TIMM):
+        return load_timm(args.finetune)
     return load_weights(args.finetune, **place) if args.finetune else None
 
 
@@ -233,7 +239,7 @@ def build_model(args: argparse.Namespace, settings: Settings, report: Callable[[
     """The classifier or probe with the weights to test or to start from."""
     weights, start = settings.weights, lambda model: None
     if weights and not args.eval:
-        start = lambda model: load_classifier_weights(model, weights, report)  # noqa: E731
+        start = lambda model: load_classifier_weights(model, inflate(weights, model, args.inflate), report)  # noqa: E731
     model = build_classifier(settings.model, start)
     if args.eval:
         load_tested(weights, model, report)

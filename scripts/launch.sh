@@ -7,7 +7,8 @@
 # From the environment:
 #   DATA_PATH     list of training videos; except for `pretrain` the folder of train.csv, val.csv and test.csv
 #                 (required; see DATASET.md)
-#   MODEL         except for `pretrain`: the checkpoint to start from or to test (required; see FINETUNE.md)
+#   MODEL         except for `pretrain`: the checkpoint to start from or to test (required; see FINETUNE.md);
+#                 for `finetune` also timm:NAME or scratch
 #   OUTPUT_DIR    checkpoints and logs; default output/<folder>/<recipe>, with SEED output/<folder>/<recipe>-seed<SEED>
 #   SEED          overrides the program's default seed
 #   DRY_RUN=1     prints the command, runs nothing
@@ -138,5 +139,5 @@ evaluate() {
 
 need_model() {
     [[ -n ${MODEL:-} ]] || fail "MODEL is not set: $1"
-    [[ -e $MODEL ]] || fail "MODEL=$MODEL does not exist: $1"
+    [[ -e $MODEL || $MODEL == timm:* ]] || fail "MODEL=$MODEL does not exist: $1"
 }

@@ -202,8 +202,9 @@ def test_evaluation_only_tests(recipe):
     assert (args.model, args.data_set) == ("vit_large_patch16_224", SETS[recipe.parent.name])
 
 
-def test_finetuning_from_scratch_loads_nothing():
+def test_finetuning_from_scratch_loads_nothing_and_from_timm_no_file():
     assert parsed(FINETUNE_ADAMAE, MODEL="scratch").finetune == ""
+    assert parsed(FINETUNE_ADAMAE, MODEL="timm:vit_any").finetune == "timm:vit_any"
 
 
 def test_documents_name_only_flags_of_the_programs():

@@ -221,6 +221,8 @@ def _check_known(found: Weights) -> None:
     if not found.kind:
         names = ", ".join(sorted(found.tensors)[:3])
         raise CheckpointError(f"{found.path}: no checkpoint of a known video ViT (it holds {names}, ...)")
+    if found.plain["patch_embed.proj.weight"].ndim == 4:
+        raise CheckpointError(f"{found.path}: {found.kind} checkpoint: only fine-tuning can start from it (--finetune)")
 
 
 def _describe(tensors: dict[str, Tensor]) -> str:

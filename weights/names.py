@@ -5,7 +5,6 @@ Hugging Face.
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 
 from runs.checkpoints import CheckpointError, flags_of, read_checkpoint
+
+IMAGE_VIT = "image ViT"  # how the kinds begin that only `weights.images` takes
 
 # Hugging Face's names in a VideoMAE, in the order in which they are replaced, and the published ones.
 HUGGING_FACE_NAMES = {
@@ -40,10 +41,11 @@ class Weights:
     settings: dict  # keyword arguments that rebuild the model; empty in files of others
     flags: dict  # of the run, where the file has them
     ignored: list[str]  # names without the prefix asked for
+    converted: str = ""  # kind of the model whose weights were turned into these; "" where none were
 
     @cached_property
     def kind(self) -> str:
-        return recognise(self.tensors)
+        return self.converted or recognise(self.tensors)
 
     @cached_property
     def plain(self) -> dict[str, Tensor]:
@@ -142,12 +144,14 @@ def plain_name(name: str) -> str:
     return name.removeprefix("backbone.").removeprefix("encoder.")
 
 
-def recognise(names: Iterable[str]) -> str:
-    """Names the model with these (published) names of weights, e.g. "MAE-ST classifier"; "" for an unknown one."""
-    plain = {plain_name(name) for name in names}
+def recognise(tensors: dict[str, Tensor]) -> str:
+    """Names the model with these weights (under published names), e.g. "MAE-ST classifier"; "" for an unknown one."""
+    plain = {plain_name(name): value for name, value in tensors.items()}
     if "patch_embed.proj.weight" not in plain:
         return ""
-    if "blocks.0.attn.q.weight" in plain:
+    if plain["patch_embed.proj.weight"].ndim == 4:  # (D,3,p,p)
+        model, pretraining = IMAGE_VIT, "decoder_embed.weight" in plain
+    elif "blocks.0.attn.q.weight" in plain:
         model, pretraining = "MAE-ST", "decoder_embed.weight" in plain
     else:
         model = "AdaMAE" if "pos_embed_probs" in plain else "VideoMAE"
