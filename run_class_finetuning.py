@@ -103,6 +103,7 @@ def get_args_parser() -> Flags:
     add("--disable_eval_during_finetuning", action="store_true", help="no validation; test the last weights")
     add("--dist_eval", default=True, action="store_true", neutral=True, help="validate and test on all processes")
     add("--no_dist_eval", dest="dist_eval", action="store_false", neutral=True, help="only on the first process")
+    add("--test_last", default=False, **ON_OFF, help="test the last epoch's weights, as published, not the best ones")
     add("--short_side_size", default=None, type=int, valid=AT_LEAST_ONE,
         help="short side in pixels (default: --input_size)")
     add("--test_num_segment", default=None, type=int, help="temporal views (default: the data set's)")
@@ -180,7 +181,8 @@ def find_weights(args: argparse.Namespace) -> Weights | None:
     """The weights to test or to start from; None trains from scratch. The file is read once, here."""
     place = {"model_key": args.model_key, "prefix": args.model_prefix}
     if args.eval:
-        return find_tested(finetune=args.finetune, resume=args.resume, output_dir=args.output_dir, **place)
+        folder = {"output_dir": args.output_dir, "last": args.test_last}
+        return find_tested(finetune=args.finetune, resume=args.resume, **folder, **place)
     if args.finetune.startswith(TIMM):
         return load_timm(args.finetune)
     return load_weights(args.finetune, **place) if args.finetune else None
@@ -324,7 +326,7 @@ def train_and_test(session: Session, settings: Settings) -> int:
     augmentation = build_augmentation(args, settings.data_set.num_classes)
     if not args.eval:
         best = train(session, settings, engine, loaders, augmentation)
-        if not args.disable_eval_during_finetuning:
+        if not (args.disable_eval_during_finetuning or args.test_last):
             tested = best.load_into(model) or tested
         check_same_on_all_ranks(tested, model, world)
     return test(

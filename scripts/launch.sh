@@ -114,14 +114,15 @@ pretrain() { launch run_mae_pretraining.py --opt_betas 0.9 0.95 "$@"; }
 
 # finetune FLAGS...: fine-tunes a classifier from MODEL and tests it. The settings that all recipes share are the
 # program's defaults: AdamW with betas 0.9 and 0.999, weight decay 0.05, layer decay 0.75, drop path 0.1, 5 warm-up
-# epochs, RandAugment, random erasing, Mixup and CutMix, label smoothing 0.1, and the data set's views.
+# epochs, RandAugment, random erasing, Mixup and CutMix, label smoothing 0.1, and the data set's views. As published,
+# the last epoch's weights are tested: test.csv is commonly a copy of val.csv, which must not choose the epoch.
 finetune() {
     local start=""
     if [[ ${MODEL:-} != scratch ]]; then
         need_model "the pre-trained checkpoint to start from, or 'scratch'"
         start=$MODEL
     fi
-    launch run_class_finetuning.py --finetune "$start" "$@"
+    launch run_class_finetuning.py --finetune "$start" --test_last "$@"
 }
 
 # probe FLAGS...: trains a head on the frozen encoder of MODEL, without mixing clips or labels.

@@ -101,6 +101,20 @@ def test_the_best_of_weights_and_average_is_kept_and_tested(straight):
     assert result(output)["tested"] == str(output / "checkpoint-best.pth")
 
 
+def test_the_last_weights_can_be_tested_instead(straight, data, tmp_path):
+    """Also by --eval; the best are still chosen and kept."""
+    output, _, flags = straight
+    trained, again, last = tmp_path / "trained", tmp_path / "again", tmp_path / "last"
+    done = finetune(data, trained, *flags, "--test_last")
+    assert "testing the last weights" in done.stdout and (trained / "checkpoint-best.pth").is_file()
+    finetune(data, last, "--eval", "--finetune", output / "checkpoint-1.pth")
+    shutil.copytree(trained, again)
+    finetune(data, again, "--eval", "--test_last")
+    assert result(again)["tested"] == str(again / "checkpoint-1.pth")
+    scores = [np.load(folder / "scores.npz")["scores"] for folder in (trained, again, last)]
+    assert (scores[0] == scores[2]).all() and (scores[1] == scores[2]).all()
+
+
 def test_the_files_of_a_test_agree(straight, data):
     output, _, _ = straight
     rows = list(csv.DictReader((output / "predictions.csv").open()))

@@ -147,6 +147,7 @@ def test_finetuning_recipe_does_what_its_name_and_head_say(recipe):
     assert ("2 augmented copies of each video" in text) == (args.num_sample == 2)
     assert args.view_fusion == {"adamae": "logits", "videomae": "softmax"}[method]
     assert args.finetune == os.devnull
+    assert args.test_last and not parsed(recipe, "--test_last", "false").test_last
     assert not args.eval
 
 

@@ -12,11 +12,11 @@ from weights.classifier import fit_weights
 from weights.names import Weights, load_weights, plain_name
 
 
-def find_tested(*, finetune: str, resume: str, output_dir: str, **place: str) -> Weights:
+def find_tested(*, finetune: str, resume: str, output_dir: str, last: bool = False, **place: str) -> Weights:
     """Reads the weights to test.
 
-    They are in the first file with a head of: `finetune`; `resume`, or else the best or newest in `output_dir`.
-    `place` holds `model_key` and `prefix` of `load_weights`, for the first of these files only.
+    They are in the first file with a head of: `finetune`; `resume`, or else the best or newest in `output_dir`, with
+    `last` the newest only. `place` holds `model_key` and `prefix` of `load_weights`, for the first of these files only.
 
     Raises:
         CheckpointError: there is no such file, or none with a head.
@@ -24,7 +24,7 @@ def find_tested(*, finetune: str, resume: str, output_dir: str, **place: str) ->
     paths = [path for path in (finetune, resume) if path]
     if output_dir and not resume:
         best = Path(output_dir) / BEST
-        paths += [best] if best.is_file() else epoch_checkpoints(output_dir)[:1]
+        paths += [best] if best.is_file() and not last else epoch_checkpoints(output_dir)[:1]
     if not paths:
         raise CheckpointError("--eval has nothing to test: set --finetune to a fine-tuned checkpoint")
     for path in paths:
