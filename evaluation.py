@@ -46,6 +46,7 @@ def test(
     *,
     tested: str,
     class_names: list[str] | None,
+    fusion: str,
     skip_unreadable: bool,
     output_dir: str,
     signals: StopSignals,
@@ -57,6 +58,7 @@ def test(
     Args:
         tested: name of the weights, for messages and test.json.
         class_names: of the confusion matrix; None numbers the classes.
+        fusion: which of `FUSIONS` decides; the accuracies of all are reported.
         output_dir: folder of the files; '' writes none.
         scoring: further arguments of `score_views`.
 
@@ -69,17 +71,19 @@ def test(
     """
     console = Console(total_steps=len(loader), show=world.is_main)
     console.say(f"testing {tested}: {len(loader.dataset)} videos x {len(loader.dataset.views)} views")
-    scores = score_views(engine, loader, stop=lambda: bool(signals.status), console=console, **scoring)
+    fused = score_views(engine, loader, stop=lambda: bool(signals.status), console=console, **scoring)
+    scores = fused[fusion]
     if sum_over_ranks(signals.status, world.device):
         raise Stopped("stopped during the test: rerun the same command to repeat it", signals.status or SAVED)
     if len(scores.index) and not is_finite(scores).any():
         raise TrainingDiverged(f"{tested}: no video has finite scores; its weights are unusable")
     videos = loader.dataset.videos
-    found = accuracies(scores, videos.labels, skip_unreadable=skip_unreadable)
+    every = {name: accuracies(fused[name], videos.labels, skip_unreadable=skip_unreadable) for name in FUSIONS}
+    found = every[fusion] | {f"{top}_{name}": every[name][top] for name in FUSIONS for top in ("top1", "top5")}
     if world.is_main:
         console.say("  ".join(f"{name} {value:.2f}" for name, value in found.items()))
         if output_dir:
-            summary = {"tested": tested, "view_fusion": scoring["fusion"], **found}
+            summary = {"tested": tested, "view_fusion": fusion, **found}
             with whole_file(Path(output_dir) / "test.json", "w") as file:
                 file.write(json.dumps(summary, indent=1) + "\n")
             write_results(Path(output_dir), scores, videos, class_names)
@@ -94,20 +98,19 @@ def score_views(
     *,
     num_classes: int,
     colours: Colours,
-    fusion: str = "softmax",
     clips_at_once: int = 64,
     stop: Callable[[], bool] = lambda: False,
     console: Console,
-) -> Scores:
-    """The fused scores of every video of the loader's list, merged over ranks.
+) -> dict[str, Scores]:
+    """The scores of every video of the loader's list by each of `FUSIONS`, merged over ranks.
 
     Args:
         loader: batches of `loaders.collate_views`, V views to a video.
-        fusion: see `fuse_views`.
         clips_at_once: views in one forward pass.
         stop: where it becomes true the loop ends early, and the result is meaningless.
     """
-    num_views, bad, parts = len(loader.dataset.views), [], [empty_scores(num_classes)]
+    num_views, bad, parts = len(loader.dataset.views), [], {name: [empty_scores(num_classes)] for name in FUSIONS}
+    done = 0
     console.start(0)
     for number, batch in enumerate(until_stopped(loader, stop, "test")):
         bad += batch["bad"]
@@ -118,14 +121,18 @@ def score_views(
                 for part in views.split(clips_at_once)
             ]
             logits = torch.cat(logits).unflatten(0, (-1, num_views))  # (n,V,K)
-            fused, hits = fuse_views(logits, batch["label"].to(engine.device, non_blocking=True), fusion)
-            parts.append([x.cpu().numpy() for x in (batch["index"], batch["label"], fused, hits)])
+            labels, done = batch["label"].to(engine.device, non_blocking=True), done + len(logits)
+            for name in FUSIONS:
+                fused = fuse_views(logits, labels, name)  # (n,K), (n,2)
+                parts[name].append([x.cpu().numpy() for x in (batch["index"], batch["label"], *fused)])
         console.advance()
         if (number + 1) % max(1, len(loader) // 20) == 0:
-            console.report(number + 1, "test", videos=str(sum(len(part[0]) for part in parts)))
+            console.report(number + 1, "test", videos=str(done))
     console.close()
     wait_for_all("test")
-    return merge_ranks(Scores(*map(np.concatenate, zip(*parts)), num_views, bad))
+    return {
+        name: merge_ranks(Scores(*map(np.concatenate, zip(*found)), num_views, bad)) for name, found in parts.items()
+    }
 
 
 def empty_scores(num_classes: int) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import UserList
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from programs import Done, start
 from videos import write_list, write_videos
 
+import evaluation
+from clips.lists import read_list
 from engine_for_finetuning import validate
 from evaluation import Scores, accuracies, confusion_matrix, fuse_views
 from modeling_finetune import create_classifier
@@ -18,6 +21,7 @@ from probes import make_probe
 from run_class_finetuning import main
 from runs.best import BestCheckpoint
 from runs.checkpoints import CheckpointError
+from utils import World
 from weights import tested
 
 RUN = [
@@ -201,6 +205,37 @@ def test_a_best_checkpoint_that_could_not_be_written_is_not_remembered():
     best.update(1, found)
     unsaved.update(1, found)
     assert best.value == before and unsaved.value["top1"] == 50.0
+
+
+# --- the fusion of views ---
+
+
+@pytest.mark.parametrize("fusion", ["softmax", "logits"])
+def test_both_fusions_are_reported_and_one_decides(tmp_path, fusion):
+    """One view is sure of class 0, two less sure ones see class 1: logits side with the first, probabilities don't."""
+    logits = torch.tensor([[100.0, 0, 0], [0, 5, 0], [0, 5, 0]])
+    write_list(tmp_path / "list.csv", "a.mp4 0")
+    clips, zero = torch.zeros(1, 3, 3, 2, 4, 4, dtype=torch.uint8), torch.tensor([0])
+    loader, dataset = UserList([{"clips": clips, "label": zero, "index": zero, "bad": []}]), UserList(["a.mp4"])
+    loader.dataset = dataset
+    dataset.videos, dataset.views = read_list(tmp_path / "list.csv"), [(0, 0), (0, 1), (0, 2)]
+    status = evaluation.test(
+        SimpleNamespace(device=torch.device("cpu"), evaluate=lambda clips: logits),
+        loader,
+        tested="a.pth",
+        class_names=None,
+        fusion=fusion,
+        skip_unreadable=False,
+        output_dir=str(tmp_path),
+        signals=SimpleNamespace(status=0),
+        world=World(torch.device("cpu"), 0, 1),
+        num_classes=3,
+        colours=((0.5,) * 3, (0.5,) * 3),
+    )
+    found = json.loads((tmp_path / "test.json").read_text())
+    assert status == 0 and (found["top1_softmax"], found["top1_logits"]) == (0, 100)
+    assert found["view_fusion"] == fusion and found["top1"] == found[f"top1_{fusion}"]
+    assert (tmp_path / "predictions.csv").read_text().splitlines()[1].split(",")[2] == str(int(fusion == "softmax"))
 
 
 # --- numbers that are none, and videos that can't be read ---

@@ -163,6 +163,10 @@ def test_logits_can_be_averaged_instead(straight, data, tmp_path):
     best = output / "checkpoint-best.pth"
     finetune(data, tmp_path, "--eval", "--finetune", best, "--view_fusion", "logits")
     assert np.load(tmp_path / "scores.npz")["scores"].sum(1) != pytest.approx(1)
+    ours, theirs = result(tmp_path), result(output)
+    both = [f"{top}_{fusion}" for top in ("top1", "top5") for fusion in ("softmax", "logits")]
+    assert [ours[name] for name in both] == [theirs[name] for name in both]
+    assert (ours["top1"], theirs["top1"]) == (ours["top1_logits"], ours["top1_softmax"])
 
 
 @pytest.mark.parametrize(
