@@ -19,7 +19,7 @@ from targets import create_target
 from utils import SettingError
 from weights.classifier import load_classifier_weights
 from weights.names import load_weights
-from weights.pretraining import load_pretrain_model
+from weights.pretraining import load_pretrain_model, load_pretraining_weights
 
 TINY = "pretrain_mae_st_tiny_patch8_64"
 
@@ -224,6 +224,21 @@ def test_a_published_file_rebuilds_its_model_and_starts_a_classifier(settings, t
     ours = model.encoder(tokens, everywhere, everywhere[:, :0])  # with all tokens visible
     theirs = classifier.norm(classifier.forward_tokens(clip))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", ["all", "encoder"])
+def test_pretraining_starts_from_a_published_file(parts, tmp_path):
+    torch.manual_seed(0)
+    settings = family_settings(TINY) | {"decoder_depth": 2}
+    source, target = (create_pretrain_model(TINY, **settings) for _ in range(2))
+    save_checkpoint(tmp_path / "published.pth", {"model": source.state_dict()})
+    found = load_weights(tmp_path / "published.pth")
+    report = load_pretraining_weights(target, found, parts=parts, report=lambda text: None)
+    theirs, ours = source.state_dict(), target.state_dict()
+    same = {name for name in ours if torch.equal(ours[name], theirs[name])}
+    assert {"pos_embed_spatial", "cls_token", "blocks.3.attn.k.bias", "norm.weight"} <= same
+    assert ("decoder_pos_embed_spatial" in same) == (parts == "all")
+    assert (report.fresh == []) == (parts == "all")
 
 
 FLAGS = [

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling_attention import SeparateAttention
+from modeling_blocks import SeparateAttention
 from modeling_finetune import VisionTransformer
 from runs.checkpoints import CheckpointError
 from weights.names import IMAGE_VIT, Weights, plain_name

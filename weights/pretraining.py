@@ -13,7 +13,7 @@ from weights.names import Weights, plain_name
 
 PARTS = ("all", "encoder")  # of a model that may start from a checkpoint
 SAMPLER = ("pos_embed_probs", "get_token_probs")
-SPARE = ("decoder.head.", "pos_embed_probs")  # depend on the target, and on the number of tokens
+SPARE = ("decoder.head.", "decoder_pred.", "pos_embed_probs")  # depend on the target, and on the number of tokens
 
 
 def pretrain_settings(found: Weights) -> dict:
