@@ -75,6 +75,8 @@ def get_args_parser() -> Flags:
     add("--layer_decay", default=0.75, type=float, help="layer-wise decay of the learning rate")
     add("--smoothing", default=0.1, type=float, valid=SHARE, help="label smoothing")
     add("--aa", default="rand-m7-n4-mstd0.5-inc1", help="RandAugment policy, or none")
+    add("--train_short_side", default=None, type=int, valid=AT_LEAST_ONE,
+        help="short side in pixels before RandAugment and crop (default: as decoded; MAE-ST: 256)")
     add("--crop_scale", default=[0.08, 1.0], type=float, nargs=2, help="range of the random crop's area")
     add("--reprob", default=0.25, type=float, valid=SHARE, help="probability of random erasing")
     add("--remode", default="pixel", choices=["pixel", "rand", "const"], help="what fills the erased box")
@@ -228,6 +230,7 @@ def build_loaders(session: Session, settings: Settings) -> dict[str, DataLoader]
             interpolation=args.train_interpolation,
             color_jitter=args.color_jitter,
             scale=tuple(args.crop_scale),
+            short_side=args.train_short_side,
         ),
         settings=session.clips(sampling=data_set.sampling, num_frames=settings.model["num_frames"], share_frames=True),
         loading=session.loading,

@@ -13,7 +13,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
 from clips.draws import draw_seed, global_draws
-from clips.transforms import Chain, ClipTransform, ColorJitter, RandomResizedCrop
+from clips.transforms import Chain, ClipTransform, ColorJitter, RandomResizedCrop, ResizeShortSide
 from utils import SettingError
 
 # The policies that timm understands; it silently ignores unknown parts.
@@ -57,6 +57,7 @@ def build_finetune_transform(
     interpolation: str = "bicubic",
     color_jitter: float = 0.4,
     scale: tuple[float, float] = (0.08, 1.0),
+    short_side: int | None = None,
 ) -> ClipTransform:
     """Builds the training transform: RandAugment, then a random resized crop, mirrored half the time if `flip`.
 
@@ -66,11 +67,14 @@ def build_finetune_transform(
     Args:
         aa: policy of RandAugment, or "none"; then colours are jittered by `color_jitter` instead, as in timm.
         interpolation, scale: see `RandAugment` and `RandomResizedCrop`.
+        short_side: of the frames before everything else, in pixels; None leaves them as they are decoded (MAE-ST: 256).
 
     Raises:
         SettingError: the policy is unknown.
     """
     crop = RandomResizedCrop(size=size, scale=scale, flip=0.5 if flip else 0.0, antialias=False)
     if aa not in ("", "none"):
-        return Chain(transforms=(RandAugment(policy=aa, interpolation=interpolation), crop))
-    return Chain(transforms=(crop, ColorJitter(strength=color_jitter))) if color_jitter > 0 else crop
+        transforms = [RandAugment(policy=aa, interpolation=interpolation), crop]
+    else:
+        transforms = [crop, ColorJitter(strength=color_jitter)] if color_jitter > 0 else [crop]
+    return Chain(transforms=[ResizeShortSide(size=short_side), *transforms] if short_side else transforms)

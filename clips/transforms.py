@@ -68,6 +68,22 @@ def resize(clip: Tensor, height: int, width: int, *, interpolation: str = "bilin
     return torch.stack([frame.round_().clamp_(0, 255).to(torch.uint8) for frame in frames])
 
 
+def resized_shape(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """(H,W) of a frame resized to a short side; the long side is rounded down."""
+    short = min(height, width)
+    return short_side * height // short, short_side * width // short
+
+
+class ResizeShortSide:
+    """Resizes uint8 (T,C,H,W) to a short side of `size` pixels, as some decoders do: bilinear, with antialias."""
+
+    def __init__(self, *, size: int):
+        self.size = size
+
+    def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
+        return resize(clip, *resized_shape(*clip.shape[-2:], self.size))
+
+
 @dataclass(frozen=True, kw_only=True)
 class RandomView:
     """A random crop of a clip, resized to `size` pixels square; subclasses define `draw`.
@@ -177,11 +193,6 @@ class EvenCrops:
             raise SettingError(f"--short_side_size {short_side} is less than --input_size {size}")
         self.short_side, self.size, self.num_crops, self.round_up = short_side, size, num_crops, round_up
 
-    def resized_shape(self, height: int, width: int) -> tuple[int, int]:
-        """Returns (H,W) of a frame after the resize; the long side is rounded down."""
-        short = min(height, width)
-        return self.short_side * height // short, self.short_side * width // short
-
     def corners(self, height: int, width: int) -> list[tuple[int, int]]:
         """Returns (top,left) of each crop of a resized frame, along its long side."""
         rooms = (height - self.size, width - self.size)
@@ -195,7 +206,7 @@ class EvenCrops:
 
     def __call__(self, clip: Tensor) -> Tensor:
         """Resizes and crops uint8 (T,C,H,W) -> uint8 (num_crops,T,C,size,size)."""
-        clip = resize(clip, *self.resized_shape(*clip.shape[-2:]), antialias=False)
+        clip = resize(clip, *resized_shape(*clip.shape[-2:], self.short_side), antialias=False)
         corners = self.corners(*clip.shape[-2:])
         return torch.stack([clip[..., y : y + self.size, x : x + self.size] for y, x in corners])
 

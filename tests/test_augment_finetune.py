@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from augment import ClipErasing, ClipMixup
 from clips.draws import draw_seed, global_draws
 from clips.finetune_transforms import RandAugment, build_finetune_transform
-from clips.transforms import Chain, RandomResizedCrop
+from clips.transforms import RandomResizedCrop
 
 POLICY = "rand-m7-n4-mstd0.5-inc1"
 LEVELS = golden.table("randaugment_levels")
@@ -123,7 +123,7 @@ def test_the_training_transform_is_rand_augment_then_the_crop():
 
 def test_clips_are_mirrored_half_the_time_or_never():
     for flip, expected in ((True, 0.5), (False, 0.0)):
-        crop = build_finetune_transform(size=16, flip=flip, aa="none", color_jitter=0)
+        (crop,) = build_finetune_transform(size=16, flip=flip, aa="none", color_jitter=0).transforms
         generator = rng()
         share = np.mean([crop.draw(48, 36, generator).flip for _ in range(1000)])
         assert abs(share - expected) < 0.05 * (expected > 0) + 1e-9
@@ -131,9 +131,20 @@ def test_clips_are_mirrored_half_the_time_or_never():
 
 def test_colours_are_jittered_only_without_rand_augment():
     jittered = build_finetune_transform(size=16, flip=True, aa="none", color_jitter=0.3)
-    assert isinstance(jittered, Chain) and jittered.transforms[1].strength == 0.3
-    plain = build_finetune_transform(size=16, flip=True, aa="", color_jitter=0)
+    assert jittered.transforms[1].strength == 0.3
+    (plain,) = build_finetune_transform(size=16, flip=True, aa="", color_jitter=0).transforms
     assert type(plain) is RandomResizedCrop
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((36, 48), (24, 32)), ((50, 36), (33, 24)), ((20, 20), (24, 24))])
+def test_frames_may_get_a_short_side_before_everything_else(shape, expected):
+    transform = build_finetune_transform(size=16, flip=True, short_side=24)
+    resize, *others = transform.transforms
+    assert [type(other) for other in others] == [RandAugment, RandomResizedCrop]
+    clip = resize(random_clip(2, *shape), rng())
+    assert clip.shape == (2, 3, *expected) and clip.dtype == torch.uint8
+    assert torch.equal(resize(clip, rng()), clip)
+    assert transform(random_clip(2, *shape), rng()).shape == (2, 3, 16, 16)
 
 
 # --- erasing ------------------------------------------------------------------------------------------------

@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import run_class_finetuning
 import run_mae_pretraining
 from datasets import DATA_SETS
 from modeling_finetune import CLASSIFIERS
 from modeling_pretrain import PRETRAIN_MODELS
+from runs.assembly import build_schedule
+from utils import World
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
@@ -80,6 +83,17 @@ def documented_row(recipe: Path, document: str) -> str:
     return rows[0]
 
 
+def counterpart(recipe: Path) -> Path:
+    """The pre-training recipe that a fine-tuning recipe starts from."""
+    return recipe.parent / f"pretrain_{recipe.stem.removeprefix('finetune_').rpartition('_')[0]}.sh"
+
+
+def views(args) -> str:
+    """Temporal x spatial views of a recipe's test."""
+    data_set = DATA_SETS[args.data_set]
+    return f"{args.test_num_segment or data_set.test_segments} x {args.test_num_crop or data_set.test_crops}"
+
+
 def number_to_reproduce(recipe: Path) -> str:
     found = re.search(r"^# To reproduce: ([\d./ ]+) top-1", recipe.read_text(), re.MULTILINE)
     return found[1] if found else "-"
@@ -104,8 +118,8 @@ def test_there_is_a_recipe_for_every_published_experiment():
         *("kinetics/videomae_large_1600e", "kinetics/videomae_huge_1600e"),
         *("kinetics/maest_large_100e", "kinetics/maest_huge_100e"),
     }
-    assert {name.rpartition("_")[0] for name in names(FINETUNING)} == names(PRETRAINING)
-    assert len(FINETUNING) == len(PRETRAINING)
+    starts = {name.rpartition("_")[0] for name in names(FINETUNING)}
+    assert starts == names(PRETRAINING) | {"kinetics/mae_st_large_100e"} and len(FINETUNING) == len(starts)
     assert {path.parent.name for path in EVALUATIONS} == set(SETS)
 
 
@@ -135,17 +149,17 @@ def test_pretraining_recipe_does_what_its_name_and_head_say(recipe):
 @of_every(*FINETUNING)
 def test_finetuning_recipe_does_what_its_name_and_head_say(recipe):
     args, text = parsed(recipe), recipe.read_text()
-    _, method, size, pretrain_epochs, epochs = recipe.stem.split("_")
-    pretraining = f"pretrain_{method}_{size}_{pretrain_epochs}.sh"
-    assert (recipe.parent / pretraining).is_file()
-    assert f": {args.epochs} epochs from the checkpoint of {pretraining}." in text
+    method, size, pretrain_epochs, epochs = re.fullmatch(r"finetune_(\w+)_(\w+)_(\w+)_(\w+)", recipe.stem).groups()
+    start = f"the checkpoint of {counterpart(recipe).name}."
+    if method == "mae_st":
+        start = f"the published checkpoint of {pretrain_epochs.removesuffix('e')} epochs."
+    assert f": {args.epochs} epochs from {start}" in text
     assert f"{args.epochs}e" == epochs
-    assert args.model == f"vit_{size}_patch16_224"
+    assert args.model == f"vit_{size}{'_mae_st' * (method == 'mae_st')}_patch16_224"
     assert args.data_set == SETS[recipe.parent.name]
-    data_set = DATA_SETS[args.data_set]
-    assert f" {data_set.test_segments} x {data_set.test_crops} views (" in text
+    assert f" {views(args)} views (" in text
     assert ("2 augmented copies of each video" in text) == (args.num_sample == 2)
-    assert args.view_fusion == {"adamae": "logits", "videomae": "softmax"}[method]
+    assert args.view_fusion == ("logits" if method == "adamae" else "softmax")
     assert args.finetune == os.devnull
     assert args.test_last and not parsed(recipe, "--test_last", "false").test_last
     assert not args.eval
@@ -174,18 +188,26 @@ def test_document_lists_recipe_with_its_numbers(recipe):
 @of_every(*FINETUNING)
 def test_document_lists_settings_of_a_finetuning_recipe(recipe):
     args, row = parsed(recipe), documented_row(recipe, "FINETUNE.md")
-    _, epochs, lr, copies, _, one_gpu, views, *_ = (cell.strip() for cell in row.strip("|").split("|"))
+    _, epochs, lr, copies, _, one_gpu, tested, *_ = (cell.strip() for cell in row.strip("|").split("|"))
     assert (int(epochs), float(lr), int(copies)) == (args.epochs, args.lr, args.num_sample)
     assert one_gpu == f"1 x {args.batch_size} x {args.update_freq}"
-    data_set = DATA_SETS[args.data_set]
-    assert views == f"{data_set.test_segments} x {data_set.test_crops}"
+    assert tested == views(args)
 
 
-@of_every(*FINETUNING)
+@of_every(*(recipe for recipe in FINETUNING if counterpart(recipe).is_file()))
 def test_finetuning_is_to_reach_what_pretraining_promises(recipe):
-    method_and_size = recipe.stem.removeprefix("finetune_").rpartition("_")[0]
-    pretraining = recipe.parent / f"pretrain_{method_and_size}.sh"
-    assert number_to_reproduce(recipe) == number_to_reproduce(pretraining)
+    assert number_to_reproduce(recipe) == number_to_reproduce(counterpart(recipe))
+
+
+def test_mae_sts_recipe_has_its_published_rates_and_arithmetic():
+    """Its base rate counts copies and its final rate does not scale; float32, frames of 256 pixels."""
+    args = parsed(ROOT / "scripts/kinetics/finetune_mae_st_large_100e_50e.sh", NPROC_PER_NODE=2)
+    schedule = build_schedule(args, World(torch.device("cpu"), 0, 2), 100 * args.update_freq)
+    steps, clips = 100 * args.epochs, 2 * args.batch_size * args.update_freq * args.num_sample
+    rates = [schedule(step)[0] for step in range(steps)]
+    assert max(rates) == pytest.approx(2.4e-3 * clips / 256)
+    assert rates[-1] == pytest.approx(1e-6, rel=0.01)
+    assert (args.amp, args.train_short_side, args.sampling) == ("off", 256, "mae_st")
 
 
 @of_every(*PROBES)
