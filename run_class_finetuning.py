@@ -110,7 +110,7 @@ def get_args_parser() -> Flags:
         help="short side in pixels (default: --input_size)")
     add("--test_num_segment", default=None, type=int, help="temporal views (default: the data set's)")
     add("--test_num_crop", default=None, type=int, help="spatial views (default: the data set's)")
-    add("--random_validation", action="store_true", help="validate on random clips, as published")
+    add("--random_validation", action="store_true", help="validate on random clips, as AdaMAE and VideoMAE do")
     add("--view_fusion", default="softmax", choices=FUSIONS,
         help="what is averaged over views for predictions (AdaMAE: logits); test.json has both accuracies")
     add("--skip_unreadable", action="store_true", help="leave out unreadable test videos, and exit with 0")
