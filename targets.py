@@ -14,6 +14,7 @@ from torch import Tensor
 
 from augment import COLOUR_STATISTICS, normalize
 from masking_generator import log_prob_of_draw
+from clips.gradients import CELL, ORIENTATIONS, oriented_gradients
 from modeling_blocks import TUBELET, gather_tokens
 from utils import SettingError
 
@@ -163,7 +164,31 @@ class Pixels(Target):
         return frames.repeat_interleave(TUBELET // self.tubelet, dim=2).flatten(2)  # (B,N,P)
 
 
-TARGETS: dict[str, type[Target]] = {"pixels": Pixels}
+class Gradients(Target):
+    """Histograms of oriented gradients, as in MaskFeat: of each colour, in cells of 8 x 8 pixels, l2-normalised each.
+
+    Only of a tubelet's first frame: MaskFeat predicts the centre frame of its cubes, and two frames have none.
+
+    Raises:
+        SettingError: tokens do not divide into cells.
+    """
+
+    error_note = "mean square over histograms of gradients"
+
+    def __init__(self, *, patch: int, **settings):
+        super().__init__(patch=patch, **settings)
+        if patch % CELL:
+            raise SettingError(f"--target hog needs tokens of whole cells of {CELL} pixels, --model has {patch} pixels")
+        self.side = patch // CELL  # cells
+        self.width = 3 * ORIENTATIONS * self.side**2
+
+    def __call__(self, pixels: Tensor, masked: Tensor) -> Tensor:
+        cells = oriented_gradients(pixels[:, :, ::TUBELET], normalize=self.normalize)  # (B,3,T',H/8,W/8,9)
+        tokens = rearrange(cells, "b c t (h p) (w q) o -> b (t h w) (p q c o)", p=self.side, q=self.side)
+        return gather_tokens(tokens, masked)
+
+
+TARGETS: dict[str, type[Target]] = {"pixels": Pixels, "hog": Gradients}
 
 
 def create_target(name: str, *, patch: int, normalize: bool = True, **settings) -> Target:
