@@ -39,10 +39,11 @@ from runs.flags import (
 from runs.program import run_program
 from runs.signals import StopSignals
 from runs.training import TrainingRun
-from targets import ERRORS, SAMPLING_LOSSES, TARGETS, Losses, create_target
+from targets import ERRORS, SAMPLING_LOSSES, TARGETS, Losses, Target, create_target
 from utils import SettingError, seed_all
 from weights.names import Weights, load_weights
 from weights.pretraining import PARTS, load_pretraining_weights
+from weights.teachers import Teacher, check_same_on_all_ranks, load_frozen
 
 
 # fmt: off
@@ -88,6 +89,8 @@ def get_args_parser() -> Flags:
 
     add = parser.group("target and losses")
     add("--target", default="pixels", choices=list(TARGETS), help="what is reconstructed")
+    add("--teacher", default="", metavar="FILE",
+        help="frozen network whose features are the target: a checkpoint of AdaMAE, VideoMAE or MAE-ST")
     add("--normalize_target", "--normlize_target", dest="normalize_target", default=True, **ON_OFF,
         help="normalise each token's target by its own mean and deviation")
     add("--target_statistics", default=None, choices=["channel", "joint"],
@@ -114,11 +117,12 @@ def get_args_parser() -> Flags:
 
 @dataclass
 class Settings:
-    """What the flags say, validated: the arguments of `create_pretrain_model`, the videos, and the weights to load."""
+    """What the flags say, validated: the arguments of `create_pretrain_model`, and what was read from files."""
 
     model: dict
     videos: VideoList
-    weights: Weights | None
+    weights: Weights | None  # to start from
+    teacher: Teacher | None  # the frozen network of the target
 
 
 def check_settings(args: argparse.Namespace) -> Settings:
@@ -163,7 +167,35 @@ def check_settings(args: argparse.Namespace) -> Settings:
         "checkpoint_activations": args.use_checkpoint,
     }
     weights = load_weights(args.finetune) if args.finetune else None
-    return Settings(model_settings, read_list(args.data_path, args.data_root), weights)
+    teacher = load_teacher(args, model_settings)
+    return Settings(model_settings, read_list(args.data_path, args.data_root), weights, teacher)
+
+
+def load_teacher(args: argparse.Namespace, model_settings: dict) -> Teacher | None:
+    """Loads the frozen network of the target, if it needs one, and adds what follows from it to the model's settings.
+
+    Raises:
+        CheckpointError, SettingError: as `load_frozen`.
+    """
+    _, patch, _ = parse_model_name(args.model, PRETRAIN_MODELS)
+    window = token_grid(args.num_frames, model_settings["input_size"], patch)
+    teacher = load_frozen(args.target, args.teacher, patch=patch, window=window)
+    if teacher is not None:
+        model_settings["target_settings"] = teacher.settings
+    return teacher
+
+
+def build_target(session: Session, settings: Settings, *, patch: int, amp: torch.dtype | None) -> Target:
+    """The target; its frozen network goes to the device, and computes in the mixed precision of the run.
+
+    Raises:
+        SettingError: the processes have different networks.
+    """
+    args, own = session.args, dict(settings.model["target_settings"])
+    if settings.teacher is not None:
+        check_same_on_all_ranks(settings.teacher)
+        own["teacher"] = settings.teacher.place(session.world.device, amp)
+    return create_target(args.target, patch=patch, normalize=args.normalize_target, num_frames=args.num_frames, **own)
 
 
 def take_family_defaults(args: argparse.Namespace) -> None:
@@ -241,13 +273,7 @@ def train(session: Session, settings: Settings) -> None:
     session.describe(engine, model=text, videos=f"{len(videos)} videos")
 
     run = build_run(session, engine, loader.sampler, model_settings=settings.model, videos=videos, num_read=len(videos))
-    target = create_target(
-        args.target,
-        patch=model.patch,
-        normalize=args.normalize_target,
-        num_frames=args.num_frames,
-        **settings.model["target_settings"],
-    )
+    target = build_target(session, settings, patch=model.patch, amp=engine.amp)
     colours = COLOUR_STATISTICS[colour_statistics(model.statistics, imagenet=args.imagenet_default_mean_and_std)]
     pretrain(
         run,

@@ -4,17 +4,19 @@ A new target is a subclass of `Target` and a row in `TARGETS`: the decoder's wid
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from augment import COLOUR_STATISTICS, normalize
-from masking_generator import log_prob_of_draw
 from clips.gradients import CELL, ORIENTATIONS, oriented_gradients
+from masking_generator import log_prob_of_draw
 from modeling_blocks import TUBELET, gather_tokens
 from utils import SettingError
 
@@ -57,13 +59,15 @@ class Target:
     """What the decoder predicts of each masked token.
 
     A subclass defines `width` and `__call__`. It overrides `error` where a difference of two vectors is not the
-    measure, and `to_pixels` where a prediction can be drawn. It may ignore `normalize`, which standardises targets.
+    measure, and `to_pixels` where a prediction can be drawn. It may ignore `normalize`, which standardises targets,
+    and `num_frames`, the length of a clip.
     """
 
     width: int  # numbers that the decoder predicts for a token
     prediction_note = "this target can't be drawn"  # caption of the prediction's panel
     error_note = "mean square"  # caption of the error's panel
     error_top: float | None = None  # end of the error's colour scale; None: the largest error of the clips
+    ready = True  # whether it can be computed; without its frozen network a target has a width only
 
     def __init__(self, *, patch: int, normalize: bool = True, num_frames: int = 16):
         self.patch, self.normalize, self.num_frames = patch, normalize, num_frames
@@ -99,23 +103,15 @@ class Pixels(Target):
     Args:
         joint: as MAE-ST (section 3): pixels of the model's normalised input, standardised over all channels together.
             Otherwise, as AdaMAE (section 3.2) and VideoMAE, pixels in [0,1], each channel standardised on its own.
-        num_frames: frames of a clip, T.
-        pred_t_dim: how many of them are predicted, evenly spread (MAE-ST); None: all.
+        pred_t_dim: how many frames are predicted, evenly spread (MAE-ST); None: all.
 
     Raises:
         SettingError: the predicted frames do not divide among the tokens.
     """
 
-    def __init__(
-        self,
-        *,
-        patch: int,
-        normalize: bool = True,
-        joint: bool = False,
-        num_frames: int = 16,
-        pred_t_dim: int | None = None,
-    ):
-        super().__init__(patch=patch, normalize=normalize, num_frames=num_frames)
+    def __init__(self, *, joint: bool = False, pred_t_dim: int | None = None, **settings):
+        super().__init__(**settings)
+        patch, normalize, num_frames = self.patch, self.normalize, self.num_frames
         shown, slots = pred_t_dim or num_frames, num_frames // TUBELET
         if shown % slots or shown > num_frames:
             asked = f"a multiple of the clip's {slots} time slots, at most its {num_frames} frames"
@@ -168,18 +164,15 @@ class Gradients(Target):
     """Histograms of oriented gradients, as in MaskFeat: of each colour, in cells of 8 x 8 pixels, l2-normalised each.
 
     Only of a tubelet's first frame: MaskFeat predicts the centre frame of its cubes, and two frames have none.
-
-    Raises:
-        SettingError: tokens do not divide into cells.
     """
 
     error_note = "mean square over histograms of gradients"
 
-    def __init__(self, *, patch: int, **settings):
-        super().__init__(patch=patch, **settings)
-        if patch % CELL:
-            raise SettingError(f"--target hog needs tokens of whole cells of {CELL} pixels, --model has {patch} pixels")
-        self.side = patch // CELL  # cells
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.side = self.patch // CELL  # cells
+        if self.patch % CELL:
+            raise SettingError(f"--target hog needs tokens of whole cells of {CELL} pixels, --model has {self.patch}")
         self.width = 3 * ORIENTATIONS * self.side**2
 
     def __call__(self, pixels: Tensor, masked: Tensor) -> Tensor:
@@ -188,7 +181,28 @@ class Gradients(Target):
         return gather_tokens(tokens, masked)
 
 
-TARGETS: dict[str, type[Target]] = {"pixels": Pixels, "hog": Gradients}
+class Features(Target):
+    """Features of a frozen network at the same tokens, through a LayerNorm without weights.
+
+    Args:
+        width: of the features.
+        network: which network, in words.
+        teacher: the network, clips (B,3,T,H,W) float32 in [0,1] -> features (B,N,width); see `weights.teachers`.
+    """
+
+    measure = "mean square over features"
+
+    def __init__(self, *, width: int, network: str, teacher: Callable[[Tensor], Tensor] | None = None, **settings):
+        super().__init__(**settings)
+        self.width, self.teacher, self.ready = width, teacher, teacher is not None
+        self.error_note = self.measure if self.ready else f"unknown without {network}"
+
+    def __call__(self, pixels: Tensor, masked: Tensor) -> Tensor:
+        features = gather_tokens(self.teacher(pixels), masked).float()  # (B,Nm,width)
+        return F.layer_norm(features, (self.width,)) if self.normalize else features
+
+
+TARGETS: dict[str, type[Target]] = {"pixels": Pixels, "hog": Gradients, "features": Features}
 
 
 def create_target(name: str, *, patch: int, normalize: bool = True, **settings) -> Target:
@@ -202,13 +216,14 @@ def create_target(name: str, *, patch: int, normalize: bool = True, **settings) 
     return TARGETS[name](patch=patch, normalize=normalize, **settings)
 
 
-def trained_target(settings: dict, flags: dict, *, patch: int) -> Target:
+def trained_target(settings: dict, flags: dict, *, patch: int, **more) -> Target:
     """The target that a checkpoint was trained on: normalised pixels unless its settings and flags say otherwise.
 
-    Files of others have no model settings; the run's flags have our names or those of the published code.
+    Files of others have no model settings; the run's flags have our names or those of the published code. `more` are
+    settings that no file has, e.g. `teacher`.
     """
     normalize = flags.get("normalize_target", flags.get("normlize_target", True))
-    own = {"num_frames": settings.get("num_frames", 16)} | settings.get("target_settings", {})
+    own = {"num_frames": settings.get("num_frames", 16)} | settings.get("target_settings", {}) | more
     return create_target(settings.get("target", "pixels"), patch=patch, normalize=normalize, **own)
 
 

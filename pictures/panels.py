@@ -53,7 +53,10 @@ def prediction_panel(rec: Reconstruction) -> Panel:
 
 
 def error_panel(rec: Reconstruction) -> Panel:
+    """The error of the masked tokens; blank where the target's frozen network is not at hand."""
     target = rec.settings.target
+    if not target.ready:
+        return blank_panel(rec, "error", target.error_note)
     top = rec.settings.error_top or target.error_top or rec.error.nan_to_num().max().item()
     notes = (target.error_note, f"mean {rec.error.nanmean():.3g}, grey: visible")
     label = Label("error", notes, (ERROR_COLOURS, "0", f"{top:.3g}"))

@@ -41,7 +41,7 @@ class Reconstruction(NamedTuple):
 
     video: Tensor  # (B,3,T,H,W) pixels in [0,1]
     prediction: Tensor | None  # (B,3,T,H,W) pixels in [0,1]; None where the target can't be drawn
-    error: Tensor  # (B,N) error of each token against its target; NaN where it is visible
+    error: Tensor  # (B,N) error of each token against its target; NaN where it is visible, or all unknown
     log_probs: Tensor | None  # (B,N) log P of the adaptive sampler, None without one
     visible: Tensor  # (B,N) bool
     window: tuple[int, int, int]  # tokens in (time, height, width)
@@ -97,7 +97,9 @@ def reconstruct(
     """
     with undisturbed(model, settings.seed):
         out, predicted = predict_all(model, normalize(pixels, *settings.normalization), visible)
-        error = settings.target.error(out.prediction, settings.target(pixels, out.masked))  # (B,Nm)
+        error = torch.full(out.masked.shape, math.nan, device=pixels.device)  # (B,Nm)
+        if settings.target.ready:
+            error = settings.target.error(out.prediction, settings.target(pixels, out.masked))
 
         tokens = patchify(pixels, model.patch)  # (B,N,P)
         is_visible = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)

@@ -192,7 +192,10 @@ def test_probes_train_the_head_alone(data, pretrained, tmp_path, flags):
     [
         ["--sampling", "segments", "--flip", "false", "--update_freq", "2", "--clip_grad", "1", "--slot_pooling"],
         ["--use_cls", "--use_checkpoint", "--drop", "0.1", "--aa", "none", "--amp", "bf16", "--crop_scale", "0.5", "1"],
-        ["--model", "vit_tiny_mae_st_patch8_64", "--fc_drop_rate", "0.3", "--num_frames", "8", "--train_short_side", "36"],
+        [
+            *("--model", "vit_tiny_mae_st_patch8_64", "--fc_drop_rate", "0.3"),
+            *("--num_frames", "8", "--train_short_side", "36"),
+        ],
         ["--enable_deepspeed", "--zero_stage", "1"],
         ["--disable_eval_during_finetuning", "--no_save_ckpt", "--recount", "2", "--num_sample", "2"],
         ["--test_num_segment", "1", "--test_num_crop", "1", "--random_validation", "--no_dist_eval"],

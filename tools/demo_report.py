@@ -182,6 +182,8 @@ def report_on(folders: dict[str, Path], data: Path, output: Path) -> None:
         found = load_weights(checkpoints[0])
         model, flags = load_pretrain_model(found), found.flags
         target = trained_target(found.settings, flags, patch=model.patch)
+        if not target.ready:
+            raise SettingError(f"{checkpoints[0]}: its error is {target.error_note}, which this report does not read")
         statistics = colour_statistics(model.statistics, imagenet=flags.get("imagenet_default_mean_and_std", True))
         colours = COLOUR_STATISTICS[statistics]
         size = model.window[1] * model.patch

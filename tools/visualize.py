@@ -53,6 +53,7 @@ from tools.inference.trained import run_tool
 from utils import SettingError, choose_device, whole_file
 from weights.names import load_weights
 from weights.pretraining import load_pretrain_model, pretrain_settings
+from weights.teachers import load_same
 
 
 # fmt: off
@@ -67,6 +68,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data_root", metavar="DIR", help="folder that paths in the list start from (default: the list's)")
     add("--num_clips", type=int, default=8, help="videos of the list, spread evenly (default: %(default)s)")
     add("--output", required=True, metavar="DIR", help="folder for the pictures")
+    add("--teacher", default="", metavar="FILE", help="frozen network that the model was trained with, for the error")
     add("--mask_ratio", type=float, help="share of tokens hidden (default: as in the checkpoint)")
     add("--visible", choices=SHOW_VISIBLE, default="pasted",
         help="what the prediction shows at visible patches: the original, or the decoder's output there, "
@@ -87,12 +89,16 @@ def get_args_parser() -> argparse.ArgumentParser:
 # fmt: on
 
 
-def read_training(settings: dict, flags: dict, *, patch: int) -> tuple[PictureSettings, int]:
-    """What pictures must know of a model's training, and its sampling rate; missing flags get published defaults."""
+def read_training(settings: dict, flags: dict, *, patch: int, **target) -> tuple[PictureSettings, int]:
+    """What pictures must know of a model's training, and its sampling rate; missing flags get published defaults.
+
+    `target` are further settings of `trained_target`.
+    """
     family = PRETRAIN_MODELS[settings["name"]]
     statistics = colour_statistics(family.statistics, imagenet=flags.get("imagenet_default_mean_and_std", True))
-    target = trained_target(settings, flags, patch=patch)
-    shown = PictureSettings(target=target, normalization=COLOUR_STATISTICS[statistics])
+    shown = PictureSettings(
+        target=trained_target(settings, flags, patch=patch, **target), normalization=COLOUR_STATISTICS[statistics]
+    )
     return shown, flags.get("sampling_rate", 4)
 
 
@@ -211,7 +217,9 @@ def load_model(args: argparse.Namespace) -> tuple[PretrainVisionTransformer, Pic
         for rule in panels.COMPARED:
             visible_count(rule, args.compare_masks, model.window)
     given = {} if args.normalize_target is None else {"normalize_target": args.normalize_target == "true"}
-    settings, rate = read_training(pretrain_settings(found), found.flags | given, patch=model.patch)
+    trained = pretrain_settings(found)
+    frozen = {"teacher": load_same(trained, args.teacher, model).place(device, None)} if args.teacher else {}
+    settings, rate = read_training(trained, found.flags | given, patch=model.patch, **frozen)
     settings = replace(settings, show_visible=args.visible, error_top=args.error_top, seed=args.seed)
     return model, settings, args.sampling_rate or rate
 

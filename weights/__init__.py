@@ -1,1 +1,1 @@
-"""Weights of others in and ours out: names, position tables, loading into a model, what a test loads."""
+"""Weights of others in and ours out: names, position tables, loading, what a test loads, frozen networks."""

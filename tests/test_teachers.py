@@ -1,0 +1,144 @@
+"""Frozen networks as targets: their features are those of the model in the checkpoint, at the same tokens."""
+
+import pytest
+import torch
+from PIL import Image
+from test_huggingface import to_huggingface
+from torch.nn.functional import layer_norm
+from videos import write_video
+
+from augment import COLOUR_STATISTICS, normalize
+from modeling_finetune import create_classifier
+from modeling_pretrain import create_pretrain_model
+from pictures.panels import BLANK, error_panel
+from pictures.reconstruction import reconstruct
+from probes import build_classifier
+from runs.checkpoints import save_checkpoint
+from targets import create_target
+from tools import visualize
+from utils import UserError
+from weights.teachers import Teacher
+
+SMALL = {"num_frames": 8, "input_size": 32}
+WINDOW = (4, 4, 4)
+EVERYWHERE = torch.arange(64).expand(2, -1)
+
+
+@pytest.fixture
+def pixels():
+    return torch.rand(2, 3, 8, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def save(path, model, **state):
+    """A checkpoint of a model whose norms are not those of its start."""
+    save_checkpoint(path, {"model": model.state_dict(), **state})
+    return str(path)
+
+
+def shake(model):
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "colours"),
+    [("pretrain_videomae_tiny_patch8_64", "imagenet"), ("pretrain_mae_st_tiny_patch8_64", "mae_st")],
+)
+def test_a_pretrained_encoder_of_all_tokens(name, colours, pixels, tmp_path):
+    settings = {"name": name, **SMALL}
+    model = shake(create_pretrain_model(**settings))
+    teacher = Teacher(save(tmp_path / "t.pth", model, model_settings=settings), patch=8, window=WINDOW)
+    with torch.no_grad():
+        tokens = model.encoder.patch_embed(normalize(pixels, *COLOUR_STATISTICS[colours]))
+        expected = model.encoder(tokens, EVERYWHERE, EVERYWHERE[:, :0])
+    found = teacher(pixels)
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+    masked = torch.tensor([[3, 9], [0, 63]])
+    target = create_target("features", patch=8, teacher=teacher, **teacher.settings)
+    by_hand = torch.stack([expected[b, masked[b]] for b in range(2)])
+    torch.testing.assert_close(target(pixels, masked), layer_norm(by_hand, (128,)))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch8_64", "vit_tiny_mae_st_patch8_64"])
+@pytest.mark.parametrize("probe", [None, {"kind": "attentive"}])
+def test_a_classifier_has_the_tokens_of_its_last_block(name, probe, pixels, tmp_path):
+    settings = {"name": name, "num_classes": 3, **SMALL} | ({"probe": probe} if probe else {})
+    model = shake(build_classifier(settings))
+    flags = {"imagenet_default_mean_and_std": False}
+    teacher = Teacher(save(tmp_path / "t.pth", model, model_settings=settings, args=flags), patch=8, window=WINDOW)
+    encoder = model.encoder if probe else model
+    with torch.no_grad():
+        tokens = encoder.forward_tokens(normalize(pixels, *COLOUR_STATISTICS["mae_st" if "mae_st" in name else "half"]))
+        expected = encoder.norm(tokens) if "mae_st" in name else tokens
+    torch.testing.assert_close(teacher(pixels), expected)
+
+
+def test_a_folder_of_hugging_face(tmp_path):
+    """It says neither frames nor pixels, so these are those of the model's name."""
+    model = shake(create_pretrain_model("pretrain_videomae_tiny_patch8_64"))
+    torch.save(to_huggingface(model.state_dict()), tmp_path / "pytorch_model.bin")
+    teacher = Teacher(str(tmp_path), patch=8, window=(8, 8, 8))
+    clip = torch.rand(1, 3, 16, 64, 64)
+    with torch.no_grad():
+        index = torch.arange(512)[None]
+        expected = model.encoder(model.encoder.patch_embed(normalize(clip)), index, index[:, :0])
+    torch.testing.assert_close(teacher(clip), expected)
+
+
+def test_it_computes_in_the_mixed_precision_of_the_run(pixels, tmp_path):
+    settings = {"name": "vit_tiny_patch8_64", "num_classes": 3, **SMALL}
+    file = save(tmp_path / "t.pth", shake(create_classifier(**settings)), model_settings=settings)
+    teacher = Teacher(file, patch=8, window=WINDOW).place(torch.device("cpu"), torch.bfloat16)
+    exact = Teacher(file, patch=8, window=WINDOW)(pixels)
+    assert not torch.equal(teacher(pixels), exact)
+    torch.testing.assert_close(teacher(pixels).float(), exact, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("patch", [8, 16])
+def test_another_patch_or_grid_is_refused(patch, tmp_path):
+    settings = {"name": "vit_tiny_patch8_64", "num_classes": 3, **SMALL}
+    file = save(tmp_path / "t.pth", create_classifier(**settings), model_settings=settings)
+    with pytest.raises(
+        UserError, match=r"--teacher .*t.pth has 4 x 4 x 4 tokens of 2 x 8 x 8 .* this model has 4 x 2 x 2"
+    ):
+        Teacher(file, patch=patch, window=(4, 2, 2))
+
+
+def test_pictures_with_and_without_the_teacher(tmp_path):
+    torch.manual_seed(0)
+    settings = {"name": "pretrain_videomae_tiny_patch8_64", **SMALL}
+    teacher = save(tmp_path / "t.pth", create_pretrain_model(**settings), model_settings=settings)
+    other = save(tmp_path / "o.pth", create_pretrain_model(**settings), model_settings=settings)
+    settings |= {"target": "features", "target_settings": Teacher(teacher, patch=8, window=WINDOW).settings}
+    student = save(tmp_path / "s.pth", create_pretrain_model(**settings), model_settings=settings)
+    video = write_video(tmp_path / "a.mp4", 30)
+
+    def arguments(*flags):
+        given = [
+            "--model",
+            student,
+            "--video",
+            str(video),
+            "--output",
+            str(tmp_path / "out"),
+            "--device",
+            "cpu",
+            *flags,
+        ]
+        return visualize.get_args_parser().parse_args(given)
+
+    for flags in ([], ["--teacher", teacher]):
+        assert visualize.draw(arguments(*flags, "--compare_masks")) == 0
+        assert Image.open(tmp_path / "out" / "a.png").width > 500
+        model, shown, _ = visualize.load_model(arguments(*flags))
+        panel = error_panel(reconstruct(model, torch.rand(1, 3, 8, 32, 32), shown))
+        blank = (panel.frames == BLANK).all()
+        assert blank == (not flags) and ("unknown without --teacher of sha256" in panel.label.notes[0]) == blank
+    with pytest.raises(
+        UserError, match=r"o.pth is the --teacher of sha256 .*, the model was trained with the --teacher of"
+    ):
+        visualize.load_model(arguments("--teacher", other))
