@@ -7,13 +7,11 @@ so every shape is known in advance. A new rule is a function and a row in `RULES
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from modeling_blocks import create_attention, create_block
 from utils import SettingError
 
 Window = tuple[int, int, int]  # tokens in (time, height, width)
@@ -38,21 +36,6 @@ def draw_without_replacement(log_p: Tensor, uniform: Tensor, count: int) -> Tens
     """
     exponential = -uniform.log()
     return (log_p.detach().float() - exponential.log()).topk(count, dim=1).indices  # (B,count)
-
-
-def log_prob_of_draw(log_p: Tensor, drawn: Tensor) -> Tensor:
-    """log of the probability that `draw_without_replacement` draws just these tokens in just this order, (B).
-
-    It is the sum over the draws of log(p_k / what is left of P at draw k), the Plackett-Luce distribution.
-
-    Args:
-        log_p: (B,N), normalised.
-        drawn: indices (B,Nv), the first drawn one first.
-    """
-    chosen = log_p.gather(1, drawn)  # (B,Nv)
-    never = log_p.scatter(1, drawn, -math.inf).logsumexp(1, keepdim=True)  # (B,1)
-    left = torch.cat([never, chosen.flip(1)], dim=1).logcumsumexp(1)[:, 1:]  # (B,Nv), the last draw first
-    return (chosen - left.flip(1)).sum(1)
 
 
 def draw_evenly(uniform: Tensor, count: int) -> Tensor:
@@ -256,33 +239,3 @@ class MaskingGenerator:
     def __call__(self, log_p: Tensor, uniform: Tensor | None = None) -> Masking:
         """Masks each clip independently of the others; arguments as in `draw`."""
         return split_tokens(self.draw(log_p, uniform), self.num_tokens)
-
-
-def sampler_network(
-    kind: str = "mha", *, dim: int, depth: int = 1, width: int | None = None, heads: int = 8
-) -> nn.Sequential:
-    """The network that scores tokens, (B,N,D) -> logits (B,N,1) (AdaMAE section 3.1 and its ablation of samplers).
-
-    Args:
-        kind: "mha", `depth` transformer blocks and a linear layer. The published sampler is one block of the
-            encoder's width with 8 heads, dropout 0.1, no query and value bias and LayerNorm eps 1e-5. "attention",
-            the paper's text: attention in place of each block, with no MLP, LayerNorm, residual or dropout. "mlp",
-            Linear - GELU - Linear on each token alone; the paper says no more of its MLP variant.
-        dim: channels of the tokens, D.
-        width: channels of "mha" and "attention", by default D; a linear projection leads to any other. Hidden
-            channels of "mlp", by default 4 D.
-
-    Raises:
-        SettingError: an unknown kind, or a width that the heads do not divide.
-    """
-    if kind == "mlp":
-        hidden = width or 4 * dim
-        return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, 1))
-    layers = {"mha": partial(create_block, proj_drop=0.1, norm_layer=nn.LayerNorm), "attention": create_attention}
-    if kind not in layers:
-        raise SettingError(f"--sampler {kind}: no such sampler; choose mha, attention or mlp")
-    width = width or dim
-    if width % heads:
-        raise SettingError(f"--sampler_dim {width} must be a multiple of the sampler's {heads} heads")
-    project = [] if width == dim else [nn.Linear(dim, width)]
-    return nn.Sequential(*project, *(layers[kind](width, heads) for _ in range(depth)), nn.Linear(width, 1))

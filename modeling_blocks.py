@@ -11,7 +11,7 @@ from timm.models.beit import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import attend
+from kernels.attention import attend
 from utils import SettingError
 
 TUBELET = 2  # frames per token, in every published model

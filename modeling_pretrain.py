@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from masking_generator import MaskingGenerator, Window, sampler_network, split_tokens
+from masking_generator import MaskingGenerator, Window, split_tokens
 from modeling_blocks import Blocks, TubeletEmbed, WithPositions, gather_tokens, name_weights
 from modeling_finetune import Size, parse_model_name, token_grid
+from sampling import sampler_network
 from targets import PretrainOutput, create_target
 from utils import SettingError
 
@@ -148,8 +149,7 @@ class PretrainVisionTransformer(nn.Module):
         sampler_options: keyword arguments of `PretrainEncoder.log_probs`.
         pos_embed: of encoder and decoder, a kind of `WithPositions`: "sinusoid_1d" in the published code of AdaMAE and
             VideoMAE, "sinusoid_3d" in the paper, "separable" in MAE-ST.
-        class_token: whether encoder and decoder have one.
-        dense_encoder: see `PretrainEncoder`.
+        class_token, dense_encoder: whether encoder and decoder have a class token; see `PretrainEncoder`.
         like_mae_st: MAE-ST's bias between encoder and decoder, its initial values and weight decay of all tables and
             tokens, and its names of weights.
         attn_init: "xavier" (published) or "identity": keys start equal to queries, so that each token attends to

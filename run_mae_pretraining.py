@@ -39,7 +39,8 @@ from runs.flags import (
 from runs.program import run_program
 from runs.signals import StopSignals
 from runs.training import TrainingRun
-from targets import ERRORS, SAMPLING_LOSSES, TARGETS, Losses, Target, create_target
+from sampling import SAMPLING_LOSSES
+from targets import ERRORS, TARGETS, Losses, Target, create_target
 from utils import SettingError, seed_all
 from weights.names import Weights, load_weights
 from weights.pretraining import PARTS, load_pretraining_weights

@@ -8,20 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from augment import COLOUR_STATISTICS, normalize
 from clips.gradients import CELL, ORIENTATIONS, oriented_gradients
-from masking_generator import log_prob_of_draw
 from modeling_blocks import TUBELET, gather_tokens
+from sampling import sampling_loss
 from utils import SettingError
-
-EPS = torch.finfo(torch.float32).eps
-LOG_P_RANGE = math.log(EPS), math.log(1 - EPS)  # a Categorical of the published code clamps P to [EPS, 1-EPS]
 
 
 def patchify(pixels: Tensor, patch: int, tubelet: int = TUBELET) -> Tensor:
@@ -235,52 +230,6 @@ class PretrainOutput(NamedTuple):
     masked: Tensor  # (B,Nm) int64, ascending; while training those that the decoder gets (--decoder_mask_ratio)
     log_probs: Tensor | None  # (B,N) float32 log P of the adaptive sampler, None without one
     drawn: Tensor  # (B,Nv) int64, the visible tokens in the order in which they were drawn
-
-
-def log_form(log_probs: Tensor, masked: Tensor, error: Tensor, drawn: Tensor | None) -> Tensor:
-    """The published code: -mean(log p * error) of the masked tokens.
-
-    A cross-entropy against the map of errors, stationary where P_j is proportional to E[1(j masked) error_j].
-    """
-    return -(log_probs.gather(1, masked).clamp(*LOG_P_RANGE) * error).mean()
-
-
-def linear_form(log_probs: Tensor, masked: Tensor, error: Tensor, drawn: Tensor | None) -> Tensor:
-    """The paper: -sum(p * error) over the masked tokens, averaged over the clips."""
-    return -(log_probs.gather(1, masked).clamp(*LOG_P_RANGE).exp() * error).sum(1).mean()
-
-
-def score_function_form(log_probs: Tensor, masked: Tensor, error: Tensor, drawn: Tensor | None) -> Tensor:
-    """Minimises J = E[C] over the sampler's draws, C being the mean error of the tokens that a draw leaves masked.
-
-    Its gradient is an unbiased estimate of J's, (C - b) d log P(draw) (Williams, 1992). The baseline b is the mean C
-    of the batch's other clips, those of other ranks included, so it does not depend on the clip's own draw.
-    """
-    cost = error.mean(1)  # (B)
-    total, count = cost.sum(), len(cost)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-        count *= dist.get_world_size()
-    baseline = (total - cost) / max(1, count - 1)  # (B); 0 for a batch of one
-    return ((cost - baseline) * log_prob_of_draw(log_probs, drawn)).mean()
-
-
-SAMPLING_LOSSES = {"log": log_form, "linear": linear_form, "score_function": score_function_form}
-
-
-def sampling_loss(
-    log_probs: Tensor, masked: Tensor, error: Tensor, form: str = "log", drawn: Tensor | None = None
-) -> Tensor:
-    """The sampler's loss L_S (AdaMAE section 3.2), a scalar: hard tokens are to become visible.
-
-    Args:
-        log_probs: log P, (B,N) float32.
-        masked: int64 (B,Nm).
-        error: reconstruction error of the masked tokens (B,Nm); no gradient flows into it.
-        form: one of `SAMPLING_LOSSES`.
-        drawn: the visible tokens in the order of drawing, int64 (B,Nv); only "score_function" reads them.
-    """
-    return SAMPLING_LOSSES[form](log_probs, masked, error.detach(), drawn)
 
 
 @dataclass(frozen=True, kw_only=True)

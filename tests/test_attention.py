@@ -4,8 +4,8 @@ import pytest
 import torch
 from timm.models import beit
 
-import attention
-from attention import RowBlocks, attend
+from kernels import attention
+from kernels.attention import RowBlocks, attend
 from modeling_blocks import Attention, TubeletEmbed
 
 

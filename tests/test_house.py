@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 from golden import ROOT
 
-ROOMS = ("clips", "pictures", "runs", "weights", "tools")
+ROOMS = ("clips", "kernels", "pictures", "runs", "weights", "tools")
 PARSERS = ("get_args_parser", "common_parser", "inference_parser")  # functions that only list flags
 METHOD = (  # what a reader of the papers must read
-    *("masking_generator.py", "modeling_blocks.py", "modeling_pretrain.py"),
+    *("masking_generator.py", "sampling.py", "modeling_blocks.py", "modeling_pretrain.py"),
     *("modeling_finetune.py", "targets.py", "engine_for_pretraining.py"),
 )
 LEVELS = (  # a file imports from its own level or below
     ("utils",),
     ("clips",),
-    ("attention", "modeling_blocks"),
-    ("augment", "masking_generator", "modeling_finetune", "modeling_pretrain", "targets", "probes"),
+    ("kernels", "modeling_blocks"),
+    ("augment", "masking_generator", "modeling_finetune", "modeling_pretrain", "sampling", "targets", "probes"),
     ("optim", "datasets", "loaders"),
     ("runs", "pictures"),
     ("weights",),
@@ -135,4 +135,4 @@ def test_no_function_is_longer_than_40_lines_and_no_file_than_300():
 
 
 def test_the_method_stays_short():
-    assert sum((ROOT / name).read_text().count("\n") for name in METHOD) < 1500
+    assert sum((ROOT / name).read_text().count("\n") for name in METHOD) < 1600

@@ -13,10 +13,10 @@ from masking_generator import (
     RULES,
     MaskingGenerator,
     draw_without_replacement,
-    sampler_network,
     split_tokens,
     visible_count,
 )
+from sampling import sampler_network
 
 WINDOWS = [(8, 14, 14), (4, 3, 3), (8, 4, 4), (2, 5, 7)]
 RATIOS = [0.5, 0.75, 0.8, 0.9]

@@ -11,7 +11,8 @@ from masking_generator import DECODER_ORDERS, RULES
 from modeling_blocks import sinusoid_1d, sinusoid_3d
 from modeling_finetune import Size
 from modeling_pretrain import PretrainVisionTransformer, create_pretrain_model
-from targets import SAMPLING_LOSSES, Losses, create_target, patchify, sampling_loss, unpatchify
+from sampling import SAMPLING_LOSSES, sampling_loss
+from targets import Losses, create_target, patchify, unpatchify
 
 BASE, TINY = "pretrain_videomae_base_patch16_224", "pretrain_videomae_tiny_patch8_64"
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1, 1)

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
-from masking_generator import MaskingGenerator, log_prob_of_draw
+from masking_generator import MaskingGenerator
 from modeling_pretrain import create_pretrain_model
-from targets import SAMPLING_LOSSES, Losses, create_target, sampling_loss
+from sampling import SAMPLING_LOSSES, log_prob_of_draw, sampling_loss
+from targets import Losses, create_target
 
 N, VISIBLE = 5, 2
 DRAWN = torch.tensor(list(itertools.permutations(range(N), VISIBLE)))  # (20,2)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from golden import needs_golden, tensors
 
-from targets import LOG_P_RANGE, create_target, patch_statistics, patchify, sampling_loss, trained_target, unpatchify
+from sampling import LOG_P_RANGE, sampling_loss
+from targets import create_target, patch_statistics, patchify, trained_target, unpatchify
 from utils import SettingError
 
 NORMALISED = create_target("pixels", patch=8)
