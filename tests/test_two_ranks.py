@@ -51,9 +51,10 @@ def losses_and_weights(program: list[str], data, output, *flags, processes: int)
         (PRETRAIN, ["--mask_type", "adaptive"]),
         (PRETRAIN, ["--sampling_loss", "score_function", "--decoder_mask_ratio", "0.5"]),
         (PRETRAIN, ["--mask_type", "tube", "--update_freq", "2"]),
+        (PRETRAIN, ["--model", "pretrain_mae_st_tiny_patch8_64", "--mask_type", "agnostic", "--num_sample", "2"]),
         (FINETUNE, ["--clip_grad", "1"]),
     ],
-    ids=["adaptive", "score function, half decoded", "tube, accumulated", "finetuning"],
+    ids=["adaptive", "score function, half decoded", "tube, accumulated", "MAE-ST", "finetuning"],
 )
 def test_two_ranks_train_as_one(program, flags, data, tmp_path):
     one = losses_and_weights(program, data, tmp_path / "one", *flags, "--batch_size", "4", processes=1)
