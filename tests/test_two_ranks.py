@@ -62,6 +62,8 @@ def test_two_ranks_train_as_one(program, flags, data, tmp_path):
     assert two[0] == pytest.approx(one[0], rel=1e-5)
     moved = 0.0
     for name, value in one[1].items():
+        if name.endswith("attn.k.bias"):  # its gradient is 0 but for rounding, which Adam scales up
+            continue
         torch.testing.assert_close(two[1][name], value, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
         moved = max(moved, value.abs().max().item())
     assert moved > 0.1
