@@ -44,7 +44,7 @@ from targets import ERRORS, TARGETS, Losses, Target, create_target
 from utils import SettingError, seed_all
 from weights.names import Weights, load_weights
 from weights.pretraining import PARTS, load_pretraining_weights
-from weights.teachers import Teacher, check_same_on_all_ranks, load_frozen
+from weights.teachers import Teacher, Tokenizer, check_same_on_all_ranks, load_frozen
 
 
 # fmt: off
@@ -92,6 +92,10 @@ def get_args_parser() -> Flags:
     add("--target", default="pixels", choices=list(TARGETS), help="what is reconstructed")
     add("--teacher", default="", metavar="FILE",
         help="frozen network whose features are the target: a checkpoint of AdaMAE, VideoMAE or MAE-ST")
+    add("--tokenizer", default="", metavar="FILE",
+        help="frozen network whose ids are the target: a program of torch.export.save, clips (B,3,T,H,W) in [0,1] "
+             "-> ids (B,N)")
+    add("--tokenizer_vocab", default=None, type=int, valid=AT_LEAST_ONE, help="number of ids of the tokenizer")
     add("--normalize_target", "--normlize_target", dest="normalize_target", default=True, **ON_OFF,
         help="normalise each token's target by its own mean and deviation")
     add("--target_statistics", default=None, choices=["channel", "joint"],
@@ -123,7 +127,7 @@ class Settings:
     model: dict
     videos: VideoList
     weights: Weights | None  # to start from
-    teacher: Teacher | None  # the frozen network of the target
+    teacher: Teacher | Tokenizer | None  # the frozen network of the target
 
 
 def check_settings(args: argparse.Namespace) -> Settings:
@@ -172,7 +176,7 @@ def check_settings(args: argparse.Namespace) -> Settings:
     return Settings(model_settings, read_list(args.data_path, args.data_root), weights, teacher)
 
 
-def load_teacher(args: argparse.Namespace, model_settings: dict) -> Teacher | None:
+def load_teacher(args: argparse.Namespace, model_settings: dict) -> Teacher | Tokenizer | None:
     """Loads the frozen network of the target, if it needs one, and adds what follows from it to the model's settings.
 
     Raises:
@@ -180,7 +184,15 @@ def load_teacher(args: argparse.Namespace, model_settings: dict) -> Teacher | No
     """
     _, patch, _ = parse_model_name(args.model, PRETRAIN_MODELS)
     window = token_grid(args.num_frames, model_settings["input_size"], patch)
-    teacher = load_frozen(args.target, args.teacher, patch=patch, window=window)
+    teacher = load_frozen(
+        args.target,
+        patch=patch,
+        window=window,
+        teacher=args.teacher,
+        tokenizer=args.tokenizer,
+        vocab=args.tokenizer_vocab,
+        batch=args.batch_size * args.num_sample,
+    )
     if teacher is not None:
         model_settings["target_settings"] = teacher.settings
     return teacher

@@ -197,7 +197,20 @@ class Features(Target):
         return F.layer_norm(features, (self.width,)) if self.normalize else features
 
 
-TARGETS: dict[str, type[Target]] = {"pixels": Pixels, "hog": Gradients, "features": Features}
+class Tokens(Features):
+    """Ids below `width` of a frozen tokenizer: `teacher` maps clips to ids (B,N) int64."""
+
+    measure = "cross-entropy"
+
+    def __call__(self, pixels: Tensor, masked: Tensor) -> Tensor:
+        return self.teacher(pixels).gather(1, masked)  # (B,Nm)
+
+    def error(self, prediction: Tensor, target: Tensor, loss: str = "mse") -> Tensor:
+        """The cross-entropy of each masked token, (B,Nm) float32, whatever the `loss`."""
+        return F.cross_entropy(prediction.float().transpose(1, 2), target, reduction="none")
+
+
+TARGETS: dict[str, type[Target]] = {"pixels": Pixels, "hog": Gradients, "features": Features, "tokens": Tokens}
 
 
 def create_target(name: str, *, patch: int, normalize: bool = True, **settings) -> Target:

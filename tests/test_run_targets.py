@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from programs import start, start_process
+from tokenizer import export
 from videos import write_list, write_videos
 
 from masking_generator import RULES
@@ -16,8 +17,8 @@ from weights.names import load_weights
 from weights.pretraining import load_pretrain_model
 
 SMALL = {"name": "pretrain_videomae_tiny_patch8_64", "num_frames": 8, "input_size": 32, "decoder_depth": 1}
-TARGETS = ["hog", "features"]
-WIDTHS = {"features": 128}
+TARGETS = ["hog", "features", "tokens"]
+WIDTHS = {"features": 128, "tokens": 16}
 FLAGS = [
     *("--model", SMALL["name"], "--num_frames", "8", "--input_size", "32", "--decoder_depth", "1"),
     *("--mask_ratio", "0.8", "--batch_size", "4", "--warmup_epochs", "0", "--sampling_rate", "1", "--lr", "0.1"),
@@ -42,12 +43,21 @@ def networks(tmp_path_factory):
         settings = {**SMALL, **changes}
         model = create_pretrain_model(**settings)
         save_checkpoint(folder / f"{name}.pth", {"model": model.state_dict(), "model_settings": settings})
+    export(folder / "tokenizer.pt2", batch=None)
+    export(folder / "other.pt2", batch=None)
+    export(folder / "threes.pt2", batch=3)
+    export(folder / "large.pt2", batch=None, side=64)
+    (folder / "broken.pt2").write_bytes((folder / "tokenizer.pt2").read_bytes()[:999])
     return folder
 
 
-def flags_of(target: str, networks) -> list:
-    """The flags that a target needs."""
-    return ["--target", target, *{"features": ["--teacher", networks / "teacher.pth"]}.get(target, [])]
+def flags_of(target: str, networks, *, other: bool = False) -> list:
+    """The flags that a target needs; `other`: with another network."""
+    files = {
+        "features": ["--teacher", networks / f"{'other' if other else 'teacher'}.pth"],
+        "tokens": ["--tokenizer", networks / f"{'other' if other else 'tokenizer'}.pt2", "--tokenizer_vocab", "16"],
+    }
+    return ["--target", target, *files.get(target, [])]
 
 
 def pretrain(data, output, *flags, processes: int = 0):
@@ -72,7 +82,7 @@ def test_twenty_steps_lower_the_loss(target, data, networks, tmp_path):
     load_pretrain_model(found)
 
 
-@pytest.mark.parametrize("target", ["features"])
+@pytest.mark.parametrize("target", ["features", "tokens"])
 def test_a_resumed_run_equals_a_straight_one(target, data, networks, tmp_path):
     flags = [*flags_of(target, networks), "--epochs", "2", "--save_ckpt_freq", "1", "--vis_freq", "0"]
     assert pretrain(data, tmp_path, *flags).returncode == 0
@@ -84,13 +94,9 @@ def test_a_resumed_run_equals_a_straight_one(target, data, networks, tmp_path):
     resumed = torch.load(last, weights_only=True)["model"]
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
-    other = pretrain(data, tmp_path, *flags, *other_network(target, networks))
+    other = pretrain(data, tmp_path, *flags, *flags_of(target, networks, other=True))
     assert other.returncode != 0 and "Traceback" not in other.stderr
     assert f"target_settings = {{'width': {WIDTHS[target]}, 'network': '--" in other.stderr
-
-
-def other_network(target: str, networks) -> list:
-    return {"features": ["--teacher", networks / "other.pth"]}[target]
 
 
 def test_two_processes_train_as_one(data, networks, tmp_path):
@@ -110,6 +116,28 @@ def test_two_processes_train_as_one(data, networks, tmp_path):
         (["--target", "features"], "--target features needs --teacher FILE"),
         (["--target", "hog", "--teacher", "teacher.pth"], "--target hog takes no --teacher"),
         (["--target", "features", "--teacher", "missing.pth"], "missing.pth: no such checkpoint"),
+        (["--target", "tokens"], "--target tokens needs --tokenizer FILE"),
+        (["--target", "tokens", "--tokenizer", "tokenizer.pt2"], "--tokenizer_vocab is missing"),
+        (
+            ["--target", "tokens", "--tokenizer", "tokenizer.pt2", "--tokenizer_vocab", "3"],
+            "tokenizer.pt2 gives the ids 0 to 15: --tokenizer_vocab 3",
+        ),
+        (
+            ["--target", "tokens", "--tokenizer", "threes.pt2", "--tokenizer_vocab", "16"],
+            "threes.pt2 takes 3 clips at a time, which does not divide the 4 of a batch",
+        ),
+        (
+            ["--target", "tokens", "--tokenizer", "large.pt2", "--tokenizer_vocab", "16"],
+            "float32 and gives (any, 256) int64, this model needs (B, 3, 8, 32, 32) float32 and (B, 64) int64",
+        ),
+        (
+            ["--target", "tokens", "--tokenizer", "broken.pt2", "--tokenizer_vocab", "16"],
+            "broken.pt2 is not a readable program of torch.export.save",
+        ),
+        (
+            ["--target", "tokens", "--tokenizer", "teacher.pth", "--tokenizer_vocab", "16"],
+            "teacher.pth is not a readable program of torch.export.save",
+        ),
         (
             ["--target", "features", "--teacher", "long.pth"],
             "long.pth has 8 x 4 x 4 tokens of 2 x 8 x 8 (frames x pixels), this model has 4 x 4 x 4 tokens",
@@ -126,10 +154,14 @@ def test_wrong_settings_are_one_line(flags, words, data, networks, tmp_path):
 def tiny_target(name: str) -> tuple[dict, Target]:
     """Settings of the model, and a target whose frozen network is a stand-in."""
     generator = torch.Generator().manual_seed(0)
-    made = {"hog": lambda pixels: None, "features": lambda pixels: torch.rand(len(pixels), 64, 32, generator=generator)}
-    settings = {} if name == "hog" else {"width": 32, "network": "a test's"}
-    frozen = {} if name == "hog" else {"teacher": made[name]}
-    return settings, create_target(name, patch=8, **settings, **frozen)
+    made = {
+        "features": lambda pixels: torch.rand(len(pixels), 64, 32, generator=generator),
+        "tokens": lambda pixels: torch.randint(0, 32, (len(pixels), 64), generator=generator),
+    }
+    if name == "hog":
+        return {}, create_target(name, patch=8)
+    settings = {"width": 32, "network": "a test's"}
+    return settings, create_target(name, patch=8, teacher=made[name], **settings)
 
 
 @pytest.mark.parametrize("mask_type", list(RULES))

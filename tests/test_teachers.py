@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from test_huggingface import to_huggingface
+from tokenizer import NearestColour, export
 from torch.nn.functional import layer_norm
 from videos import write_video
 
@@ -17,7 +18,7 @@ from runs.checkpoints import save_checkpoint
 from targets import create_target
 from tools import visualize
 from utils import UserError
-from weights.teachers import Teacher
+from weights.teachers import Teacher, Tokenizer
 
 SMALL = {"num_frames": 8, "input_size": 32}
 WINDOW = (4, 4, 4)
@@ -26,19 +27,20 @@ EVERYWHERE = torch.arange(64).expand(2, -1)
 
 @pytest.fixture
 def pixels():
-    return torch.rand(2, 3, 8, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    return torch.rand(2, 3, 8, 32, 32)
 
 
 def save(path, model, **state):
-    """A checkpoint of a model whose norms are not those of its start."""
     save_checkpoint(path, {"model": model.state_dict(), **state})
     return str(path)
 
 
 def shake(model):
+    """A model whose norms and biases are not those of its start."""
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+            p.add_(0.1 * torch.randn(p.shape))
     return model.eval()
 
 
@@ -108,6 +110,38 @@ def test_another_patch_or_grid_is_refused(patch, tmp_path):
         Teacher(file, patch=patch, window=(4, 2, 2))
 
 
+@pytest.mark.parametrize("batch", [None, 3])
+def test_a_tokenizer_gives_the_ids_of_masked_tokens(batch, tmp_path):
+    """In batches of any size, also where it takes three clips at a time."""
+    network = export(tmp_path / "t.pt2", batch=batch)
+    tokenizer = Tokenizer(str(tmp_path / "t.pt2"), patch=8, window=WINDOW, vocab=16, batch=None)
+    tokenizer.place(torch.device("cpu"), torch.bfloat16)
+    target = create_target("tokens", patch=8, teacher=tokenizer, **tokenizer.settings)
+    for size in (1, 3, 4):
+        pixels, masked = torch.rand(size, 3, 8, 32, 32), torch.tensor([[2, 5, 63]]).expand(size, -1)
+        assert torch.equal(target(pixels, masked), network(pixels)[:, [2, 5, 63]])
+
+    found, prediction = target(pixels, masked), torch.randn(4, 3, 16)
+    expected = -prediction.log_softmax(2).gather(2, found[:, :, None])[:, :, 0]
+    torch.testing.assert_close(target.error(prediction, found, "l1"), expected)
+
+
+def test_a_program_of_another_kind_is_refused(tmp_path):
+    class Float(NearestColour):
+        def forward(self, pixels):
+            return super().forward(pixels).float()
+
+    class Pair(NearestColour):
+        def forward(self, pixels, more):
+            return super().forward(pixels), more
+
+    pixels = torch.rand(2, 3, 8, 32, 32)
+    for network, inputs in ((Float(), (pixels,)), (Pair(), (pixels, pixels))):
+        torch.export.save(torch.export.export(network, inputs), tmp_path / "t.pt2")
+        with pytest.raises(UserError, match=r"t.pt2 takes .* and gives .*, this model needs \(B, 3, 8"):
+            Tokenizer(str(tmp_path / "t.pt2"), patch=8, window=WINDOW, vocab=16, batch=None)
+
+
 def test_pictures_with_and_without_the_teacher(tmp_path):
     torch.manual_seed(0)
     settings = {"name": "pretrain_videomae_tiny_patch8_64", **SMALL}
@@ -139,6 +173,6 @@ def test_pictures_with_and_without_the_teacher(tmp_path):
         blank = (panel.frames == BLANK).all()
         assert blank == (not flags) and ("unknown without --teacher of sha256" in panel.label.notes[0]) == blank
     with pytest.raises(
-        UserError, match=r"o.pth is the --teacher of sha256 .*, the model was trained with the --teacher of"
+        UserError, match=r"this is the --teacher of sha256 .*, the model was trained with the --teacher of"
     ):
         visualize.load_model(arguments("--teacher", other))

@@ -68,7 +68,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data_root", metavar="DIR", help="folder that paths in the list start from (default: the list's)")
     add("--num_clips", type=int, default=8, help="videos of the list, spread evenly (default: %(default)s)")
     add("--output", required=True, metavar="DIR", help="folder for the pictures")
-    add("--teacher", default="", metavar="FILE", help="frozen network that the model was trained with, for the error")
+    add("--teacher", default="", metavar="FILE", help="--teacher that the model was trained with, for the error")
+    add("--tokenizer", default="", metavar="FILE", help="the same of a model that was trained with --tokenizer")
     add("--mask_ratio", type=float, help="share of tokens hidden (default: as in the checkpoint)")
     add("--visible", choices=SHOW_VISIBLE, default="pasted",
         help="what the prediction shows at visible patches: the original, or the decoder's output there, "
@@ -218,7 +219,10 @@ def load_model(args: argparse.Namespace) -> tuple[PretrainVisionTransformer, Pic
             visible_count(rule, args.compare_masks, model.window)
     given = {} if args.normalize_target is None else {"normalize_target": args.normalize_target == "true"}
     trained = pretrain_settings(found)
-    frozen = {"teacher": load_same(trained, args.teacher, model).place(device, None)} if args.teacher else {}
+    frozen = {}
+    if args.teacher or args.tokenizer:
+        network = load_same(trained, model, teacher=args.teacher, tokenizer=args.tokenizer)
+        frozen["teacher"] = network.place(device, None)
     settings, rate = read_training(trained, found.flags | given, patch=model.patch, **frozen)
     settings = replace(settings, show_visible=args.visible, error_top=args.error_top, seed=args.seed)
     return model, settings, args.sampling_rate or rate
