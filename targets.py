@@ -224,17 +224,6 @@ def create_target(name: str, *, patch: int, normalize: bool = True, **settings) 
     return TARGETS[name](patch=patch, normalize=normalize, **settings)
 
 
-def trained_target(settings: dict, flags: dict, *, patch: int, **more) -> Target:
-    """The target that a checkpoint was trained on: normalised pixels unless its settings and flags say otherwise.
-
-    Files of others have no model settings; the run's flags have our names or those of the published code. `more` are
-    settings that no file has, e.g. `teacher`.
-    """
-    normalize = flags.get("normalize_target", flags.get("normlize_target", True))
-    own = {"num_frames": settings.get("num_frames", 16)} | settings.get("target_settings", {}) | more
-    return create_target(settings.get("target", "pixels"), patch=patch, normalize=normalize, **own)
-
-
 class PretrainOutput(NamedTuple):
     """What a pre-training model returns: the prediction, and which tokens it is of."""
 

@@ -5,8 +5,9 @@ import torch
 from golden import needs_golden, tensors
 
 from sampling import LOG_P_RANGE, sampling_loss
-from targets import create_target, patch_statistics, patchify, trained_target, unpatchify
+from targets import create_target, patch_statistics, patchify, unpatchify
 from utils import SettingError
+from weights.pretraining import trained_target
 
 NORMALISED = create_target("pixels", patch=8)
 RAW = create_target("pixels", patch=8, normalize=False)

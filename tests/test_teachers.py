@@ -17,6 +17,7 @@ from probes import build_classifier
 from runs.checkpoints import save_checkpoint
 from targets import create_target
 from tools import visualize
+from tools.demo_report import report_on
 from utils import UserError
 from weights.teachers import Teacher, Tokenizer
 
@@ -126,6 +127,19 @@ def test_a_tokenizer_gives_the_ids_of_masked_tokens(batch, tmp_path):
     torch.testing.assert_close(target.error(prediction, found, "l1"), expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_they_are_those_of_the_cpu(pixels, tmp_path):
+    settings = {"name": "vit_tiny_patch8_64", "num_classes": 3, **SMALL}
+    file = save(tmp_path / "t.pth", shake(create_classifier(**settings)), model_settings=settings)
+    expected, gpu = Teacher(file, patch=8, window=WINDOW)(pixels), torch.device("cuda")
+    found = Teacher(file, patch=8, window=WINDOW).place(gpu, None)(pixels.to(gpu))
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+    network = export(tmp_path / "t.pt2", batch=None)
+    tokenizer = Tokenizer(str(tmp_path / "t.pt2"), patch=8, window=WINDOW, vocab=16, batch=None).place(gpu, None)
+    assert (tokenizer(pixels.to(gpu)).cpu() == network(pixels)).float().mean() > 0.99
+
+
 def test_a_program_of_another_kind_is_refused(tmp_path):
     class Float(NearestColour):
         def forward(self, pixels):
@@ -176,3 +190,11 @@ def test_pictures_with_and_without_the_teacher(tmp_path):
         UserError, match=r"this is the --teacher of sha256 .*, the model was trained with the --teacher of"
     ):
         visualize.load_model(arguments("--teacher", other))
+
+
+def test_the_report_refuses_a_model_that_needs_its_teacher(tmp_path):
+    settings = {"name": "pretrain_videomae_tiny_patch8_64", **SMALL, "target": "features"}
+    settings |= {"target_settings": {"width": 8, "network": "--teacher of sha256 12"}}
+    save(tmp_path / "checkpoint-0.pth", create_pretrain_model(**settings), model_settings=settings)
+    with pytest.raises(UserError, match="its error is unknown without --teacher of sha256 12"):
+        report_on({"a": tmp_path}, tmp_path / "test.csv", tmp_path)

@@ -33,11 +33,11 @@ from clips.video import open_video
 from masking_generator import MaskingGenerator
 from modeling_finetune import colour_statistics
 from runs.checkpoints import epoch_checkpoints
-from targets import Target, trained_target
+from targets import Target
 from tools.demo_table import named_folders
 from utils import SettingError, UserError, whole_file
 from weights.names import load_weights
-from weights.pretraining import load_pretrain_model
+from weights.pretraining import load_pretrain_model, trained_target
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

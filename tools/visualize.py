@@ -48,11 +48,10 @@ from modeling_pretrain import PRETRAIN_MODELS, PretrainVisionTransformer
 from pictures import panels
 from pictures.drawing import animation, filmstrip
 from pictures.reconstruction import SHOW_VISIBLE, PictureSettings, reconstruct
-from targets import trained_target
 from tools.inference.trained import run_tool
 from utils import SettingError, choose_device, whole_file
 from weights.names import load_weights
-from weights.pretraining import load_pretrain_model, pretrain_settings
+from weights.pretraining import load_pretrain_model, pretrain_settings, trained_target
 from weights.teachers import load_same
 
 

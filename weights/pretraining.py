@@ -8,6 +8,7 @@ from modeling_blocks import TUBELET
 from modeling_finetune import parse_model_name
 from modeling_pretrain import PRETRAIN_MODELS, VIDEOMAE, PretrainVisionTransformer, create_pretrain_model
 from runs.checkpoints import CheckpointError
+from targets import Target, create_target
 from weights.classifier import LoadReport, fit_weights, in_encoder, load_fitted
 from weights.names import Weights, plain_name
 
@@ -112,3 +113,14 @@ def _needed(found: Weights, model: PretrainVisionTransformer) -> Callable[[str],
     both_have_one = model.masking.adaptive and "pos_embed_probs" in found.plain
     optional = SPARE if both_have_one else (*SPARE, *SAMPLER)
     return lambda name: not plain_name(name).startswith(optional)
+
+
+def trained_target(settings: dict, flags: dict, *, patch: int, **more) -> Target:
+    """The target that a checkpoint was trained on: normalised pixels unless its settings and flags say otherwise.
+
+    Files of others have no model settings; the run's flags have our names or those of the published code. `more` are
+    settings that no file has, e.g. `teacher`.
+    """
+    normalize = flags.get("normalize_target", flags.get("normlize_target", True))
+    own = {"num_frames": settings.get("num_frames", 16)} | settings.get("target_settings", {}) | more
+    return create_target(settings.get("target", "pixels"), patch=patch, normalize=normalize, **own)
