@@ -5,6 +5,7 @@ in the published code, or a fixed random rule. MAE-ST differs in settings. Weigh
 """
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -91,16 +92,18 @@ class PretrainEncoder(WithPositions):
         The defaults are the published code's. The softmax is in float32, whatever the network runs in.
 
         Args:
-            tokens: (B,N,D), before positions are added.
+            tokens: (B,N,D), without positions.
             amp: run the network in autocast's type; else in float32 even under autocast.
             temperature: divides the logits before the softmax.
             positions: add the encoder's positions to the tokens, as in the paper.
-            detach: keep the sampling loss from the tubelet embedding.
+            detach: keep the sampling loss from the tubelet embedding and the encoder's positions.
         """
         if self.get_token_probs is None:
             return tokens.new_zeros(tokens.shape[:2], dtype=torch.float32).log_softmax(1)
         x = (tokens.detach() if detach else tokens).float() + self.pos_embed_probs  # (B,N,D)
-        x = x + self.without_class_token(self.position_table()) if positions else x
+        if positions:
+            table = self.without_class_token(self.position_table())  # (1,N,D)
+            x = x + (table.detach() if detach else table)
         mixed = amp and torch.is_autocast_enabled(tokens.device.type)
         with torch.autocast(tokens.device.type, enabled=mixed):
             logits = self.get_token_probs(x).squeeze(2)  # (B,N)
@@ -186,9 +189,8 @@ class PretrainVisionTransformer(nn.Module):
         if dense_encoder and decoder_mask_ratio:
             raise SettingError("--dense_encoder encodes every token, so it can't go with --decoder_mask_ratio")
         self.like_mae_st, self.dense_encoder = like_mae_st, dense_encoder
-        rule = {"mask_type": mask_type, "mask_ratio": mask_ratio, "window": window}
         decoded = {"decoder_mask_type": decoder_mask_type, "decoder_mask_ratio": decoder_mask_ratio}
-        self.masking = MaskingGenerator(**rule, **decoded)
+        self.masking = MaskingGenerator(mask_type=mask_type, mask_ratio=mask_ratio, window=window, **decoded)
         sampler = (sampler or {}) if self.masking.adaptive else None
         shared = {"positions": {"kind": pos_embed, "window": window, "class_token": class_token}, **block_settings}
         self.encoder = PretrainEncoder(size=size, patch=patch, sampler=sampler, dense=dense_encoder, **shared)
@@ -213,7 +215,7 @@ class PretrainVisionTransformer(nn.Module):
             if name.endswith("mask_token"):
                 cut = 2.0 if self.like_mae_st else 0.02
                 nn.init.trunc_normal_(p, std=0.02, a=-cut, b=cut)
-            elif self.like_mae_st and table_or_token and name not in UNTOUCHED:
+            elif table_or_token and name not in UNTOUCHED and (self.like_mae_st or not name.endswith("pos_embed")):
                 nn.init.trunc_normal_(p, std=0.02)
         for module in self.modules() if attn_init == "identity" else []:
             if hasattr(module, "tie_keys"):
@@ -222,8 +224,9 @@ class PretrainVisionTransformer(nn.Module):
             nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.data.flatten(1))
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not one-dimensional and yet get no weight decay."""
-        return set() if self.like_mae_st else {"pos_embed", "cls_token", "mask_token"}
+        """Names of parameters that get no weight decay, besides one-dimensional ones."""
+        tables = re.compile(r"(.*\.)?(cls_token|mask_token|pos_embed(_spatial|_temporal|_class)?)")
+        return {name for name, _ in self.named_parameters() if not self.like_mae_st and tables.fullmatch(name)}
 
     def sampler_parameters(self) -> list[nn.Parameter]:
         """The parameters that only the sampling loss trains; none for a model without a sampler."""
@@ -253,6 +256,7 @@ class PretrainVisionTransformer(nn.Module):
 
 UNTOUCHED = ("encoder.pos_embed_probs", "decoder.cls_token")  # stay 0, as published
 MAE_ST_NAMES = (  # starts of our names of weights and of MAE-ST's
+    ("encoder.mask_token", "encoder_mask_token"),  # of a dense encoder, which MAE-ST published no file of
     ("mask_token", "mask_token"),
     ("encoder_to_decoder.", "decoder_embed."),
     ("decoder.head.", "decoder_pred."),
@@ -284,14 +288,10 @@ def create_pretrain_model(
     """
     size, patch, img = parse_model_name(name, PRETRAIN_MODELS)
     family = PRETRAIN_MODELS[name]
-    if family.decoder:
-        size = size._replace(decoder_dim=family.decoder[0], decoder_heads=family.decoder[1])
-    if decoder_dim is not None:
-        size = size._replace(decoder_dim=decoder_dim)
-    if size.decoder_dim % size.decoder_heads:
-        raise SettingError(
-            f"--decoder_dim {decoder_dim} must be a multiple of the decoder's {size.decoder_heads} heads"
-        )
+    width, heads = family.decoder or (size.decoder_dim, size.decoder_heads)
+    size = size._replace(decoder_dim=decoder_dim or width, decoder_heads=heads)
+    if size.decoder_dim % heads:
+        raise SettingError(f"--decoder_dim {decoder_dim} must be a multiple of the decoder's {heads} heads")
     window = token_grid(num_frames, input_size or img, patch)
     width = create_target(target, patch=patch, num_frames=num_frames, **(target_settings or {})).width
     settings = family.settings | {k: v for k, v in settings.items() if v is not None}

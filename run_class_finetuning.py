@@ -203,6 +203,7 @@ def model_settings(args: argparse.Namespace, num_classes: int, weights: Weights 
         "input_size": size,
         "tubelet": args.tubelet_size,
         "pos_embed": args.pos_embed or (weights and weights.settings.get("pos_embed")),
+        "class_token": weights and weights.settings.get("class_token"),
         "mean_pooling": args.use_mean_pooling,
         "slot_pooling": args.slot_pooling,
         "drop": args.drop,

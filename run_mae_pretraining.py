@@ -17,7 +17,7 @@ from datasets import FRAME_RULES, TrainDataset
 from engine_for_pretraining import pretrain
 from loaders import build_training_loader
 from masking_generator import ALIASES, DECODER_ORDERS, RULES, visible_count
-from modeling_blocks import POSITION_KINDS
+from modeling_blocks import POSITION_KINDS, TUBELET
 from modeling_finetune import colour_statistics, parse_model_name, token_grid
 from modeling_pretrain import PRETRAIN_MODELS, create_pretrain_model
 from pictures.panels import training_picture
@@ -101,7 +101,7 @@ def get_args_parser() -> Flags:
     add("--target_statistics", default=None, choices=["channel", "joint"],
         help="normalise by channel (AdaMAE, VideoMAE) or all channels jointly (MAE-ST; default: the model's)")
     add("--pred_t_dim", default=None, type=int, valid=AT_LEAST_ONE,
-        help="frames of a clip that are predicted, evenly spread (default: the model's; MAE-ST: 8, others: all)")
+        help="frames of a clip that are predicted, evenly spread (default: all; MAE-ST: half of them)")
     add("--loss", default="mse", choices=list(ERRORS), help="reconstruction error of a token")
     add("--sampling_loss", default="log", choices=list(SAMPLING_LOSSES),
         help="log: -mean(log p * error), published code; linear: -sum(p * error), paper; score_function: PRETRAIN.md")
@@ -212,13 +212,20 @@ def build_target(session: Session, settings: Settings, *, patch: int, amp: torch
 
 
 def take_family_defaults(args: argparse.Namespace) -> None:
-    """Gives the flags that are not given the values of the model's family."""
-    family = PRETRAIN_MODELS[args.model]
+    """Gives the flags that are not given the values of the model's family.
+
+    Raises:
+        SettingError: flags of pixels are given with another target.
+    """
+    if args.target != "pixels" and (args.pred_t_dim or args.target_statistics):
+        raise SettingError(f"--pred_t_dim and --target_statistics are of --target pixels, not of {args.target}")
+    family, size = PRETRAIN_MODELS[args.model], parse_model_name(args.model, PRETRAIN_MODELS)[0]
     defaults = {
+        "decoder_dim": family.decoder[0] if family.decoder else size.decoder_dim,
         "pos_embed": family.settings["pos_embed"],
         "class_token": family.settings["class_token"],
         "target_statistics": "joint" if family.target.get("joint") else "channel",
-        "pred_t_dim": family.target.get("pred_t_dim"),
+        "pred_t_dim": args.num_frames // TUBELET if "pred_t_dim" in family.target else None,
         "sampling": family.sampling,
         "crop": family.crop,
         "schedule": family.schedule,

@@ -96,7 +96,7 @@ class Pixels(Target):
     """Pixels, each token standardised by its own mean and deviation, or raw.
 
     Args:
-        joint: as MAE-ST (section 3): pixels of the model's normalised input, standardised over all channels together.
+        joint: as MAE-ST (section 3): pixels normalised by MAE-ST's colours, standardised over all channels together.
             Otherwise, as AdaMAE (section 3.2) and VideoMAE, pixels in [0,1], each channel standardised on its own.
         pred_t_dim: how many frames are predicted, evenly spread (MAE-ST); None: all.
 
@@ -207,7 +207,8 @@ class Tokens(Features):
 
     def error(self, prediction: Tensor, target: Tensor, loss: str = "mse") -> Tensor:
         """The cross-entropy of each masked token, (B,Nm) float32, whatever the `loss`."""
-        return F.cross_entropy(prediction.float().transpose(1, 2), target, reduction="none")
+        logits = prediction.float().flatten(0, 1)  # (B*Nm,V): with more axes it is not deterministic on a GPU
+        return F.cross_entropy(logits, target.flatten(), reduction="none").view_as(target)
 
 
 TARGETS: dict[str, type[Target]] = {"pixels": Pixels, "hog": Gradients, "features": Features, "tokens": Tokens}

@@ -247,26 +247,24 @@ class MaeStCrop(RandomResizedCrop):
     short_side: int = 256
 
     def __call__(self, clip: Tensor, rng: np.random.Generator) -> Tensor:
-        height, width = clip.shape[-2:]
-        short = min(height, width)
-        shape = (self.short_side * height // short, self.short_side * width // short)
+        shape = [self.short_side * side // min(clip.shape[-2:]) for side in clip.shape[-2:]]
         return super().__call__(resize(clip, *shape, antialias=False), rng)
 
 
+@dataclass(frozen=True, kw_only=True)
 class CenterCrop(RandomView):
-    """The largest central square, with a random flip (MAE-ST's ablation of crops)."""
+    """The largest central square, mirrored and resized as by `MaeStCrop` (MAE-ST's ablation of crops)."""
+
+    flip: float = 0.5
+    antialias: bool = False
 
     def draw(self, width: int, height: int, rng: np.random.Generator) -> View:
         side = min(width, height)
         return View((width - side) // 2, (height - side) // 2, side, side, flip=bool(rng.random() < self.flip))
 
 
-CROPS = {  # of pre-training
-    "multi_scale": MultiScaleCrop,
-    "random_resized": RandomResizedCrop,
-    "mae_st": MaeStCrop,
-    "center": CenterCrop,
-}
+# of pre-training
+CROPS = {"multi_scale": MultiScaleCrop, "random_resized": RandomResizedCrop, "mae_st": MaeStCrop, "center": CenterCrop}
 
 
 def build_pretrain_transform(

@@ -9,10 +9,12 @@ from golden import manifest as golden_manifest
 from programs import start
 from videos import write_list, write_videos
 
+import run_class_finetuning
 from augment import COLOUR_STATISTICS, normalize
 from modeling_finetune import Size, create_classifier
 from modeling_pretrain import MAE_ST, PRETRAIN_MODELS, PretrainVisionTransformer, create_pretrain_model
 from pictures.reconstruction import predict_all
+from probes import build_classifier
 from run_mae_pretraining import main
 from runs.checkpoints import save_checkpoint
 from targets import create_target
@@ -169,6 +171,10 @@ def test_every_mask_and_every_setting_trains(mask_type, settings):
     assert out.prediction.shape == (2, 128 - model.masking.num_visible, 2 * 8 * 8 * 3)
     (out.prediction.square().mean() - (0 if out.log_probs is None else out.log_probs.mean())).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    state = model.state_dict()
+    other = create_pretrain_model(TINY, input_size=32, mask_type=mask_type, mask_ratio=ratio, **settings)
+    other.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_a_dense_encoder_sees_nothing_of_masked_tokens():
@@ -224,6 +230,31 @@ def test_a_published_file_rebuilds_its_model_and_starts_a_classifier(settings, t
     ours = model.encoder(tokens, everywhere, everywhere[:, :0])  # with all tokens visible
     theirs = classifier.norm(classifier.forward_tokens(clip))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"pos_embed": "learnable"}])
+def test_pretraining_may_start_with_other_frames_and_pixels(settings, tmp_path):
+    source = create_pretrain_model(TINY, input_size=32, num_frames=8, mask_ratio=0.75, **settings)
+    save_checkpoint(
+        tmp_path / "short.pth", {"model": source.state_dict(), "model_settings": {"num_frames": 8, **settings}}
+    )
+    target = create_pretrain_model(TINY, mask_ratio=0.75, **settings)
+    report = load_pretraining_weights(target, load_weights(tmp_path / "short.pth"), report=lambda text: None)
+    assert report.fresh == ["pos_embed_probs"]
+    assert sum("resized" in note for note in report.notes) == (2 if settings else 4)
+
+
+@pytest.mark.parametrize("settings", [{"class_token": False}, {"class_token": False, "pos_embed": "learnable"}, {}])
+def test_finetuning_takes_positions_and_class_token_from_the_checkpoint(settings, tmp_path):
+    built = {"name": TINY, "input_size": 32, "mask_type": "agnostic", "mask_ratio": 0.75, **settings}
+    model = create_pretrain_model(**built)
+    save_checkpoint(tmp_path / "ours.pth", {"model": model.state_dict(), "model_settings": built})
+    flags = ["--model", "vit_tiny_mae_st_patch8_64", "--input_size", "32", "--nb_classes", "3"]
+    found = load_weights(tmp_path / "ours.pth")
+    chosen = run_class_finetuning.model_settings(run_class_finetuning.get_args_parser().parse_args(flags), 3, found)
+    classifier = build_classifier(chosen)
+    assert (classifier.cls_token is None) == ("class_token" in settings)
+    assert load_classifier_weights(classifier, found, lambda text: None).fresh == ["head.weight", "head.bias"]
 
 
 @pytest.mark.parametrize("parts", ["all", "encoder"])

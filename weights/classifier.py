@@ -66,7 +66,8 @@ def load_fitted(
 ) -> LoadReport:
     """Loads what `fit_weights` returned as weights to start from, and reports it as text."""
     tensors, result = fitted
-    model.load_state_dict(tensors, strict=False)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected and len(missing) == len(result.fresh), (unexpected, missing)
     trained_with = found.settings.get("pos_embed") or model.pos_kind
     if trained_with != model.pos_kind:
         result.notes.append(f"positions: trained with {trained_with}, this model has {model.pos_kind}")
@@ -206,7 +207,7 @@ def _expected(found: Weights, target: dict[str, Tensor]) -> list[str]:
     """The names in a model, but for a learned position table where the file's positions were fixed."""
     had_table = any(name in POSITION_TABLES for name in found.plain)
     learned = had_table or found.settings.get("pos_embed") in ("learnable", "separable")
-    return [name for name in target if learned or plain_name(name) != "pos_embed"]
+    return [name for name in target if learned or name.rpartition(".")[2] != "pos_embed"]
 
 
 def _misfit(found: Weights, target: dict[str, Tensor], problems: list[str]) -> str:

@@ -1,5 +1,6 @@
 """Learned position tables, resized to another number of frames or pixels."""
 
+import re
 from math import isqrt, prod
 
 import torch
@@ -7,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from masking_generator import Window
-from weights.names import plain_name
 
 POSITION_TABLES = ("pos_embed", "pos_embed_spatial", "pos_embed_temporal")
 
@@ -23,7 +23,7 @@ def resize_tables(taken: dict[str, Tensor], target: dict[str, Tensor], window: W
     """
     _, h, w = window
     notes = []
-    for name in [n for n in taken if plain_name(n) in POSITION_TABLES]:
+    for name in [n for n in taken if re.sub(r"^(encoder\.|decoder[._])", "", n) in POSITION_TABLES]:
         table, extra = taken[name], 0
         if table.shape[2:] != target[name].shape[2:]:
             continue
