@@ -257,6 +257,12 @@ def test_recipe_needs_a_gpu_unless_told_otherwise(recipe):
     assert parsed(recipe, "--device", "cpu").device == "cpu"
 
 
+def test_the_batch_of_videomaes_paper_for_its_small_model():
+    recipe = ROOT / "scripts/ssv2/pretrain_videomae_small_2400e.sh"
+    batches = [parsed(recipe, NPROC_PER_NODE=8, **total) for total in ({}, {"TOTAL_BATCH": 1024})]
+    assert [8 * args.batch_size * args.update_freq for args in batches] == [2048, 1024]
+
+
 def test_seed_of_the_environment_has_its_own_folder():
     args = parsed(ADAMAE, SEED=3)
     assert (args.seed, Path(args.output_dir).name) == (3, "pretrain_adamae_base_800e-seed3")
