@@ -4,6 +4,7 @@ import pytest
 import torch
 from golden import cases, manifest, needs_golden, tensors, under
 from programs import start
+from safetensors.torch import save_file
 from videos import write_list, write_videos
 
 from modeling_finetune import Size, create_classifier
@@ -78,6 +79,22 @@ def test_published_files(tmp_path, name, parts):
     encoder = {name for name in published if name.startswith("encoder.") and "probs" not in name}
     assert loaded == (published.keys() if parts == "all" else encoder) == published.keys() - set(report.ignored)
     assert all(torch.equal(model.state_dict()[name], published[name]) for name in loaded)
+
+
+@pytest.mark.parametrize("parts", ["all", "encoder"])
+def test_a_folder_of_hugging_face(tmp_path, parts):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.VideoMAEConfig(
+        **{"image_size": 32, "patch_size": 8, "num_frames": 4, "use_mean_pooling": False},
+        **{"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512},
+        **{"decoder_hidden_size": 64, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2},
+        **{"decoder_intermediate_size": 256},
+    )
+    save_file(transformers.VideoMAEForPreTraining(config).state_dict(), tmp_path / "model.safetensors")
+    model = pretrain_model(mask_type="tube")
+    report = load_pretraining_weights(model, load_weights(tmp_path), parts=parts, report=lambda text: None)
+    assert all(name.startswith(("decoder.", "encoder_to_decoder.", "mask_token")) for name in report.fresh)
+    assert bool(report.fresh) == (parts == "encoder") and "VideoMAE pre-training" in report.source
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [("adaptive", "tube"), ("tube", "adaptive")])
