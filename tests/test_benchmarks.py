@@ -1,0 +1,94 @@
+"""The benchmarks run from end to end, and print and write the same numbers. No time is asserted."""
+
+import json
+import os
+
+import loader
+import numpy as np
+import pytest
+import torch
+from programs import start
+from sources import write_sources
+
+from augment import normalize, to_pixels
+from clips.decoders import DECODERS, resolve_decoder
+from clips.lists import read_list
+from clips.transforms import build_pretrain_transform
+from clips.video_index import index_video
+from datasets import ClipSettings, TrainDataset
+from utils import SettingError
+
+SMALL = {"seconds": 3, "height": 96, "width": 128}
+
+
+@pytest.fixture(autouse=True)
+def same_process(monkeypatch):
+    """What the benchmarks change in a process of their own doesn't reach other tests."""
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The list of two videos."""
+    return write_sources(tmp_path_factory.mktemp("benchmarks") / "made", 2, **SMALL)
+
+
+def usable(decoder: str) -> bool:
+    try:
+        return bool(resolve_decoder(decoder))
+    except SettingError:
+        return False
+
+
+def results(module, tmp_path, *flags) -> dict:
+    """What a benchmark writes, having printed as many lines of tables."""
+    file = tmp_path / "results.json"
+    done = start(module.main, "--output", file, *flags)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert done.stdout.startswith(found["machine"]) and torch.__version__ in found["machine"]
+    tables = [rows for rows in found.values() if isinstance(rows, list)]
+    assert tables and done.stdout.count("\n|") == sum(2 + len(rows) for rows in tables)
+    return found
+
+
+def table(found: dict, name: str) -> list[dict]:
+    return next(rows for title, rows in found.items() if title.startswith(name))
+
+
+def test_sources_are_as_hard_to_seek_in_as_real_videos(made):
+    index = index_video(read_list(made)[0].path)
+    assert (index.num_frames, len(index.keys)) == (90, 1)
+
+
+@pytest.mark.skipif(not usable("decord"), reason="no decord")
+def test_the_plain_loader_makes_the_clips_of_ours(made):
+    videos = read_list(made)
+    settings = ClipSettings(sampling="pretrain", decoder="decord")
+    crop = build_pretrain_transform("multi_scale", size=loader.SIZE)
+    ours = TrainDataset(videos=videos, transform=crop, settings=settings)[2, 1]["clips"]
+    ours = normalize(to_pixels(ours))[0]
+    plain = loader.plain_clip(videos[1].path, np.random.default_rng([0, 2, 1]))
+    assert plain.shape == ours.shape and plain.dtype == ours.dtype
+    assert (plain - ours).abs().max() < 1.01 / 255 / 0.224  # one grey level
+
+
+def test_loader(tmp_path):
+    found = results(loader, tmp_path, "--num_videos", 2, "--epochs", 1, *(f"--{k}={v}" for k, v in SMALL.items()))
+    rows = table(found, "Milliseconds of CPU time per pre-training clip")
+    loaders = ["plain"] + [f"ours, {decoder}" for decoder in DECODERS if usable(decoder) for _ in range(2)]
+    assert [row["loader"] for row in rows] == 2 * loaders
+    plain = {row["files"]: row["again, in process"] for row in rows if row["loader"] == "plain"}
+    for row in rows:
+        if row["loader"] != "plain":
+            assert all(row[name]["median"] > 0 for name in ("first, in process", "again, in process"))
+            if plain[row["files"]] is not None:
+                ratio = row["again, isolated"]["median"] / plain[row["files"]]["median"]
+                assert row["isolated / plain"] == pytest.approx(ratio, rel=2e-3)
+    assert [row["aa"] for row in table(found, "Milliseconds per fine-tuning clip")] == [
+        "none",
+        "rand-m7-n4-mstd0.5-inc1",
+    ]
