@@ -6,6 +6,7 @@ import os
 import loader
 import numpy as np
 import pytest
+import throughput
 import torch
 from programs import start
 from sources import write_sources
@@ -19,6 +20,7 @@ from datasets import ClipSettings, TrainDataset
 from utils import SettingError
 
 SMALL = {"seconds": 3, "height": 96, "width": 128}
+TINY = "pretrain_videomae_tiny_patch8_64"
 
 
 @pytest.fixture(autouse=True)
@@ -92,3 +94,13 @@ def test_loader(tmp_path):
         "none",
         "rand-m7-n4-mstd0.5-inc1",
     ]
+
+
+def test_throughput(tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "SETTINGS", (throughput.ONE,))
+    monkeypatch.setattr(throughput, "TWO", throughput.ONE)
+    small = ("--num_videos", 1, "--seconds", 3, "--model", TINY, "--batch_size", 1, "--warmup", 1, "--steps", 3)
+    found = results(throughput, tmp_path, *small, "--", "--input_size", 32, "--decoder_depth", 1)
+    (row,) = table(found, "Clips per second")
+    assert row["clips/s"]["median"] > 0 and row["waiting for data"].endswith("%")
+    assert found["Two processes on two cores"].startswith("1.00 x")
