@@ -32,9 +32,11 @@ PAIRS = [("this", "published way"), ("this (tube)", "Hugging Face VideoMAE")]  #
 Step = Callable[[Tensor], object]  # of uint8 clips (B,3,T,H,W)
 
 
-def this(device: torch.device, amp: torch.dtype | None, *, ratio: float, compiled: bool, **masking) -> Step:
+def this(
+    device: torch.device, amp: torch.dtype | None, *, ratio: float, compiled: bool, model: str = MODEL, **settings
+) -> Step:
     keep_freed_memory()
-    model = create_pretrain_model(MODEL, mask_ratio=ratio, **masking).to(device)
+    model = create_pretrain_model(model, mask_ratio=ratio, **settings).to(device)
     optimizer = create_optimizer(model, lr=1e-4, weight_decay=0.05, betas=(0.9, 0.95))
     engine = Engine(model, optimizer, device=device, amp=amp, compile_model=compiled)
     losses = Losses(target=create_target("pixels", patch=model.patch))

@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
 
+import encoder_step
+import harness
 import loader
+import masking
 import numpy as np
 import pytest
 import throughput
@@ -17,6 +21,8 @@ from clips.lists import read_list
 from clips.transforms import build_pretrain_transform
 from clips.video_index import index_video
 from datasets import ClipSettings, TrainDataset
+from masking_generator import RULES
+from sampling import SAMPLING_LOSSES
 from utils import SettingError
 
 SMALL = {"seconds": 3, "height": 96, "width": 128}
@@ -104,3 +110,24 @@ def test_throughput(tmp_path, monkeypatch):
     (row,) = table(found, "Clips per second")
     assert row["clips/s"]["median"] > 0 and row["waiting for data"].endswith("%")
     assert found["Two processes on two cores"].startswith("1.00 x")
+
+
+def test_masking(tmp_path, monkeypatch):
+    monkeypatch.setattr(masking, "WINDOWS", ((4, 2, 2), (4, 4, 4)))
+    found = results(masking, tmp_path, "--batch_size", 1, 2, "--repeats", 1, "--step", 2)
+    for batch in (1, 2):
+        rows = table(found, f"Milliseconds, batch {batch}")
+        assert [row[""] for row in rows] == [f"masks, {rule}" for rule in RULES] + [
+            f"loss, {form}" for form in SAMPLING_LOSSES
+        ]
+        for row in rows:
+            few, many = (row[f"N {n}"]["median"] for n in (16, 64))
+            assert row["exponent"] == pytest.approx(np.log(many / few) / np.log(4), abs=0.01)
+    assert re.match(r"0\.\d\d% of 2 s with 4 clips", found["Share of a step"])
+
+
+def test_a_dense_encoder_costs_more():
+    model, cpu, clips = "pretrain_mae_st_tiny_patch8_64", torch.device("cpu"), torch.zeros(1, 3, 16, 64, 64).byte()
+    steps = [encoder_step.build(cpu, None, dense=dense, model=model) for dense in (False, True)]
+    sparse, dense = (harness.flops_of(lambda step=step: step(clips)) for step in steps)
+    assert dense > 1.5 * sparse > 0
