@@ -9,7 +9,8 @@
 #                 (required; see DATASET.md)
 #   MODEL         except for `pretrain`: the checkpoint to start from or to test (required; see FINETUNE.md);
 #                 for `finetune` also timm:NAME or scratch
-#   OUTPUT_DIR    checkpoints and logs; default output/<folder>/<recipe>, with SEED output/<folder>/<recipe>-seed<SEED>
+#   DATA_SET      another data set of the table in datasets.py than the recipe's, such as Kinetics-600
+#   OUTPUT_DIR    checkpoints and logs; default output/<folder>/<recipe>[-<DATA_SET>][-seed<SEED>]
 #   SEED          overrides the program's default seed
 #   DRY_RUN=1     prints the command, runs nothing
 #   PYTHON        interpreter; default .venv/bin/python if it exists, else python3
@@ -84,7 +85,7 @@ launch() {
     [[ -n ${DATA_PATH:-} ]] ||
         fail "DATA_PATH is not set: the list of pre-training videos, or else the folder of train.csv, val.csv and" \
             "test.csv (DATASET.md)"
-    OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/output/$RECIPE${SEED:+-seed$SEED}}
+    OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/output/$RECIPE${DATA_SET:+-$DATA_SET}${SEED:+-seed$SEED}}
 
     # Inside an srun step (SLURM_STEP_ID) another srun would wait forever for the step's own resources.
     if [[ -n ${SLURM_JOB_ID:-} && -z ${SLURM_STEP_ID:-} ]]; then launcher=srun; fi
@@ -112,6 +113,8 @@ launch() {
 # and AdamW are the program's defaults.
 pretrain() { launch run_mae_pretraining.py --opt_betas 0.9 0.95 "$@"; }
 
+classify() { launch run_class_finetuning.py "$@" ${DATA_SET:+--data_set "$DATA_SET"}; }
+
 # finetune FLAGS...: fine-tunes a classifier from MODEL and tests it. The settings that all recipes share are the
 # program's defaults: AdamW with betas 0.9 and 0.999, weight decay 0.05, layer decay 0.75, drop path 0.1, 5 warm-up
 # epochs, RandAugment, random erasing, Mixup and CutMix, label smoothing 0.1, and the data set's views. As published,
@@ -122,20 +125,20 @@ finetune() {
         need_model "the pre-trained checkpoint to start from, or 'scratch'"
         start=$MODEL
     fi
-    launch run_class_finetuning.py --finetune "$start" --test_last "$@"
+    classify --finetune "$start" --test_last "$@"
 }
 
 # probe FLAGS...: trains a head on the frozen encoder of MODEL, without mixing clips or labels.
 probe() {
     need_model "the pre-trained checkpoint to probe"
     local unmixed=(--num_sample 1 --mixup 0 --cutmix 0 --smoothing 0 --drop_path 0)
-    launch run_class_finetuning.py --finetune "$MODEL" "${unmixed[@]}" "$@"
+    classify --finetune "$MODEL" "${unmixed[@]}" "$@"
 }
 
 # evaluate FLAGS...: tests MODEL.
 evaluate() {
     need_model "the fine-tuned checkpoint to test"
-    launch run_class_finetuning.py --eval --finetune "$MODEL" "$@"
+    classify --eval --finetune "$MODEL" "$@"
 }
 
 need_model() {

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
 PRETRAINING = sorted(ROOT.glob("scripts/*/pretrain_*.sh"))
 FINETUNING = sorted(ROOT.glob("scripts/*/finetune_*.sh"))
+SCRATCH = sorted(ROOT.glob("scripts/*/scratch_*.sh"))
 PROBES = sorted(ROOT.glob("scripts/*/probe_*.sh"))
 EVALUATIONS = sorted(ROOT.glob("scripts/*/evaluate.sh"))
 PARSERS = {
@@ -123,7 +124,7 @@ def test_there_is_a_recipe_for_every_published_experiment():
     assert {path.parent.name for path in EVALUATIONS} == set(SETS)
 
 
-@of_every(*PRETRAINING, *FINETUNING, *PROBES, *EVALUATIONS)
+@of_every(*PRETRAINING, *FINETUNING, *SCRATCH, *PROBES, *EVALUATIONS)
 def test_recipe_has_only_flags_of_the_program(recipe):
     program, words = split_command(command_of(recipe))
     flags = [word for word in words if word.startswith("--")]
@@ -162,7 +163,7 @@ def test_finetuning_recipe_does_what_its_name_and_head_say(recipe):
     assert not args.eval
 
 
-@of_every(*PRETRAINING, *FINETUNING, *PROBES)
+@of_every(*PRETRAINING, *FINETUNING, *SCRATCH, *PROBES)
 def test_batch_arithmetic_of_a_recipe_is_true(recipe):
     gpus, batch, total = map(int, BATCH_COMMENT.search(recipe.read_text()).groups())
     assert gpus * batch == total
@@ -174,7 +175,7 @@ def test_batch_arithmetic_of_a_recipe_is_true(recipe):
         assert few * args.batch_size * args.update_freq == total
 
 
-@of_every(*PRETRAINING, *FINETUNING)
+@of_every(*PRETRAINING, *FINETUNING, *SCRATCH)
 def test_document_lists_recipe_with_its_numbers(recipe):
     gpus, batch, total = BATCH_COMMENT.search(recipe.read_text()).groups()
     row = documented_row(recipe, "PRETRAIN.md" if recipe in PRETRAINING else "FINETUNE.md")
@@ -182,7 +183,7 @@ def test_document_lists_recipe_with_its_numbers(recipe):
     assert f"| {number_to_reproduce(recipe)} " in row
 
 
-@of_every(*FINETUNING)
+@of_every(*FINETUNING, *SCRATCH)
 def test_document_lists_settings_of_a_finetuning_recipe(recipe):
     args, row = parsed(recipe), documented_row(recipe, "FINETUNE.md")
     _, epochs, lr, copies, _, one_gpu, tested, *_ = (cell.strip() for cell in row.strip("|").split("|"))
@@ -222,7 +223,15 @@ def test_evaluation_only_tests(recipe):
     assert (args.model, args.data_set) == ("vit_large_patch16_224", SETS[recipe.parent.name])
 
 
+def test_another_data_set_of_the_environment_has_its_own_folder():
+    for recipe in (*FINETUNING, *SCRATCH):
+        args = parsed(recipe, DATA_SET="Kinetics-600")
+        assert args.data_set == "Kinetics-600" and args.output_dir.endswith(f"/{recipe.stem}-Kinetics-600")
+    assert parsed(ADAMAE, DATA_SET="Kinetics-700", SEED=1).output_dir.endswith(f"/{ADAMAE.stem}-Kinetics-700-seed1")
+
+
 def test_finetuning_from_scratch_loads_nothing_and_from_timm_no_file():
+    assert all(parsed(recipe).finetune == "" for recipe in SCRATCH)
     assert parsed(FINETUNE_ADAMAE, MODEL="scratch").finetune == ""
     assert parsed(FINETUNE_ADAMAE, MODEL="timm:vit_any").finetune == "timm:vit_any"
 
@@ -251,7 +260,7 @@ def test_arguments_and_environment_override_the_recipe(tmp_path):
     assert (args.data_path, args.output_dir, args.log_dir) == ("a list.csv", str(out), str(out))
 
 
-@of_every(*PRETRAINING, *FINETUNING, *PROBES, *EVALUATIONS)
+@of_every(*PRETRAINING, *FINETUNING, *SCRATCH, *PROBES, *EVALUATIONS)
 def test_recipe_needs_a_gpu_unless_told_otherwise(recipe):
     assert parsed(recipe).device == "cuda"
     assert parsed(recipe, "--device", "cpu").device == "cpu"
