@@ -113,7 +113,7 @@ def test_throughput(tmp_path, monkeypatch):
 
 
 def test_masking(tmp_path, monkeypatch):
-    monkeypatch.setattr(masking, "WINDOWS", ((4, 2, 2), (4, 4, 4)))
+    monkeypatch.setattr(masking, "WINDOWS", ((4, 3, 3), (4, 6, 6)))
     found = results(masking, tmp_path, "--batch_size", 1, 2, "--repeats", 1, "--step", 2)
     for batch in (1, 2):
         rows = table(found, f"Milliseconds, batch {batch}")
@@ -121,7 +121,7 @@ def test_masking(tmp_path, monkeypatch):
             f"loss, {form}" for form in SAMPLING_LOSSES
         ]
         for row in rows:
-            few, many = (row[f"N {n}"]["median"] for n in (16, 64))
+            few, many = (row[f"N {n}"]["median"] for n in (36, 144))
             assert row["exponent"] == pytest.approx(np.log(many / few) / np.log(4), abs=0.01)
     assert re.match(r"0\.\d\d% of 2 s with 4 clips", found["Share of a step"])
 

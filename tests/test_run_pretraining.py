@@ -9,6 +9,7 @@ from golden import ROOT
 from programs import Done, start, start_process
 from videos import write_list, write_videos
 
+from masking_generator import RULES
 from modeling_pretrain import create_pretrain_model
 from run_mae_pretraining import check_settings, get_args_parser, main
 from runs.assembly import build_engine, build_schedule
@@ -120,7 +121,18 @@ def test_a_damaged_checkpoint_is_passed_over(straight, data, tmp_path):
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
-@pytest.mark.parametrize("flags", [[], [*HALF_DECODED, "--sampling_loss", "score_function", "--sampler", "attention"]])
+MAE_ST = ["--model", "pretrain_mae_st_tiny_patch8_64"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--mask_type", mask, "--mask_ratio", "0.75"] for mask in RULES),
+        *([*MAE_ST, "--mask_type", mask] for mask in ("agnostic", "adaptive")),
+        [*HALF_DECODED, "--sampling_loss", "score_function", "--sampler", "attention"],
+    ],
+    ids=" ".join,
+)
 def test_twenty_steps_lower_the_loss(data, tmp_path, flags):
     pretrain(data, tmp_path, "--epochs", "10", "--save_ckpt_freq", "10", "--lr", "0.1", *flags)
     losses = [entry["loss_reconstruction"] for entry in log(tmp_path)]
