@@ -7,65 +7,16 @@ from augment import IMAGENET_MEAN, IMAGENET_STD
 from modeling_finetune import Size, VisionTransformer
 from modeling_pretrain import PretrainVisionTransformer
 from targets import create_target
+from weights.names import hugging_face_names, plain_name, published_names
 
 transformers = pytest.importorskip("transformers")
 
-RENAMES = [  # parts of a parameter's name: ours (the published), Hugging Face's
-    ("encoder.patch_embed.proj", "videomae.embeddings.patch_embeddings.projection"),
-    ("encoder.blocks.", "videomae.encoder.layer."),
-    ("encoder.norm.", "videomae.layernorm."),
-    ("decoder.blocks.", "decoder.decoder_layers."),
-    ("norm1", "layernorm_before"),
-    ("norm2", "layernorm_after"),
-    ("mlp.fc1", "intermediate.dense"),
-    ("mlp.fc2", "output.dense"),
-    ("attn.proj", "attention.output.dense"),
-    ("attn.q_bias", "attention.attention.query.bias"),
-    ("attn.v_bias", "attention.attention.value.bias"),
-]
 
-
-def to_huggingface(ours: dict) -> dict:
-    """Our (the published) parameter names and fused projections -> Hugging Face's."""
-    theirs = {}
-    for key, value in ours.items():
-        for our_part, their_part in RENAMES:
-            key = key.replace(our_part, their_part)
-        if key.endswith("attn.qkv.weight"):
-            stem = key.removesuffix("attn.qkv.weight") + "attention.attention."
-            for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                theirs[f"{stem}{name}.weight"] = part
-        else:
-            theirs[key] = value
-    return theirs
-
-
-def from_huggingface(theirs: dict) -> dict:
-    """The inverse of `to_huggingface`."""
-    ours = {}
-    for key, value in theirs.items():
-        stem, found, name = key.partition("attention.attention.")
-        if found and name.endswith(".weight"):
-            if name != "query.weight":
-                continue
-            parts = [theirs[f"{stem}{found}{part}.weight"] for part in ("query", "key", "value")]
-            key, value = f"{stem}attn.qkv.weight", torch.cat(parts)
-        for our_part, their_part in reversed(RENAMES):
-            key = key.replace(their_part, our_part)
-        ours[key] = value
-    return ours
-
-
-def classifier_to_huggingface(ours: dict) -> dict:
-    """As `to_huggingface`, for a classifier: its encoder has no prefix and its head another name."""
-    body = {k if k.startswith(("fc_norm", "head")) else f"encoder.{k}": v for k, v in ours.items()}
-    return {k.replace("head.", "classifier."): v for k, v in to_huggingface(body).items()}
-
-
-def classifier_from_huggingface(theirs: dict) -> dict:
-    """The inverse of `classifier_to_huggingface`."""
-    ours = from_huggingface({k.replace("classifier.", "head."): v for k, v in theirs.items()})
-    return {k.removeprefix("encoder."): v for k, v in ours.items()}
+def their_names(model: torch.nn.Module) -> dict:
+    """The weights under the names of their modules, where a file of theirs shortens those of two biases."""
+    names = {"q_bias": "query.bias", "v_bias": "value.bias"}
+    weights = hugging_face_names(model.state_dict())
+    return {k.replace(end := k.rpartition(".")[2], names.get(end, end)): v for k, v in weights.items()}
 
 
 def test_videomae_equals_huggingface():
@@ -100,7 +51,7 @@ def test_videomae_equals_huggingface():
         norm_pix_loss=True,
     )
     theirs = transformers.VideoMAEForPreTraining(config)
-    theirs.load_state_dict(to_huggingface(ours.state_dict()))
+    theirs.load_state_dict(their_names(ours))
     ours.eval(), theirs.eval()
 
     pixels = torch.rand(2, 3, 8, 16, 16)
@@ -149,9 +100,9 @@ def classifiers(mean_pooling: bool) -> tuple[torch.nn.Module, torch.nn.Module]:
 def test_classifier_equals_huggingface(mean_pooling, direction):
     ours, theirs = classifiers(mean_pooling)
     if direction == "to":
-        theirs.load_state_dict(classifier_to_huggingface(ours.state_dict()))
+        theirs.load_state_dict(their_names(ours))
     else:
-        ours.load_state_dict(classifier_from_huggingface(theirs.state_dict()))
+        ours.load_state_dict({plain_name(k): v for k, v in published_names(theirs.state_dict()).items()})
     clip = torch.randn(3, 3, 8, 16, 16)
     logits, expected = ours(clip), theirs(clip.transpose(1, 2)).logits
     assert expected.std() > 0.05
@@ -161,5 +112,5 @@ def test_classifier_equals_huggingface(mean_pooling, direction):
 def test_conversion_there_and_back_changes_nothing():
     ours, _ = classifiers(mean_pooling=True)
     state = ours.state_dict()
-    back = classifier_from_huggingface(classifier_to_huggingface(state))
+    back = {plain_name(k): v for k, v in published_names(hugging_face_names(state)).items()}
     assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from PIL import Image
-from test_huggingface import to_huggingface
 from tokenizer import NearestColour, export
 from torch.nn.functional import layer_norm
 from videos import write_video
@@ -19,6 +18,7 @@ from targets import create_target
 from tools import visualize
 from tools.demo_report import report_on
 from utils import UserError
+from weights.names import hugging_face_names
 from weights.teachers import Teacher, Tokenizer
 
 SMALL = {"num_frames": 8, "input_size": 32}
@@ -83,7 +83,7 @@ def test_a_classifier_has_the_tokens_of_its_last_block(name, probe, pixels, tmp_
 def test_a_folder_of_hugging_face(tmp_path):
     """It says neither frames nor pixels, so these are those of the model's name."""
     model = shake(create_pretrain_model("pretrain_videomae_tiny_patch8_64"))
-    torch.save(to_huggingface(model.state_dict()), tmp_path / "pytorch_model.bin")
+    torch.save(hugging_face_names(model.state_dict()), tmp_path / "pytorch_model.bin")
     teacher = Teacher(str(tmp_path), patch=8, window=(8, 8, 8))
     clip = torch.rand(1, 3, 16, 64, 64)
     with torch.no_grad():

@@ -37,7 +37,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("prediction").add_argument
     add("--segments", type=int, help="temporal views of a video (default: those of the model's test)")
     add("--crops", type=int, help="spatial views (default: those of the model's test)")
-    add("--labels", metavar="FILE", help="file of class names, one per line, from class 0")
+    add("--labels", metavar="FILE", help="file of class names, one per line, from class 0 (default: the checkpoint's)")
     add("--topk", type=int, default=5, help="classes per video (default: %(default)s)")
     add("--json", metavar="FILE", help="JSON output file; -: standard output, instead of the table")
     return parser
@@ -76,7 +76,7 @@ def score_videos(
             yield index, row, ""
 
 
-def best_classes(scores: Tensor, topk: int, names: Sequence[str] | None) -> list[dict]:
+def best_classes(scores: Tensor, topk: int, names: Sequence[str]) -> list[dict]:
     """Returns class, label (None without names) and score of the highest of the scores (K,), best first."""
     top = scores.topk(min(topk, len(scores)))
     return [
@@ -97,7 +97,7 @@ def predict(args: argparse.Namespace) -> int:
     paths = list(find_videos(args.videos))
     trained = load_trained(args, lambda text: print(text, file=sys.stderr), headless=False)
     clips, num_classes = trained.clips, trained.model.head.out_features
-    names = read_labels(args.labels, num_classes) if args.labels else None
+    names = read_labels(args.labels, num_classes) if args.labels else trained.class_names
     print(f"{len(paths)} videos x {clips.segments} x {clips.crops} views", file=sys.stderr)
     loader = build_loader(
         trained, paths, batch_size=args.batch_size, decoder=args.decoder, num_workers=args.num_workers

@@ -20,7 +20,8 @@ SPARE = ("decoder.head.", "decoder_pred.", "pos_embed_probs")  # depend on the t
 def pretrain_settings(found: Weights) -> dict:
     """The settings for `create_pretrain_model`: those in the file, or what the shapes of a published one show.
 
-    The shapes of AdaMAE's and VideoMAE's files do not show frames and pixels: these stay the model's defaults.
+    The shapes of AdaMAE's and VideoMAE's files do not show frames and pixels: these are those of the run's flags or of
+    Hugging Face's config.json, else the model's defaults.
 
     Raises:
         CheckpointError: it is no pre-training checkpoint, or no known model is so wide.
@@ -42,7 +43,8 @@ def pretrain_settings(found: Weights) -> dict:
 def _videomae_settings(found: Weights) -> dict:
     depth = len({k.split(".")[2] for k in found.tensors if k.startswith("decoder.blocks.")})
     rule, ratio = ("adaptive", 0.95) if "encoder.pos_embed_probs" in found.tensors else ("tube", 0.9)
-    return {"decoder_depth": depth, "mask_type": rule, "mask_ratio": ratio}
+    sizes = {"num_frames": found.num_frames or 16, "input_size": found.flags.get("input_size")}
+    return {**sizes, "decoder_depth": depth, "mask_type": rule, "mask_ratio": ratio}
 
 
 def _mae_st_settings(found: Weights) -> dict:

@@ -102,12 +102,13 @@ class TrainedClips(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A model in evaluation mode on its device, its clips, and the type of its mixed precision."""
+    """A model in evaluation mode on its device, its clips, the type of its mixed precision, its class names or ()."""
 
     model: nn.Module
     clips: TrainedClips
     device: torch.device
     amp: torch.dtype | None
+    class_names: tuple[str, ...]
 
     @torch.inference_mode()
     def run(self, function: Callable[[Tensor], Tensor], clips: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ def load_trained(args: argparse.Namespace, report: Callable[[str], None], *, hea
     model = load_classifier(found, headless=headless, report=report, **changes)
     clips = trained_clips(found, encoder_of(model), vars(args))
     clips.make_crops(1)  # refuses sizes that do not go together
-    return Trained(model.to(device), clips, device, resolve_amp(args.amp, device))
+    return Trained(model.to(device), clips, device, resolve_amp(args.amp, device), found.class_names)
 
 
 def trained_clips(found: Weights, encoder: VisionTransformer, given: dict) -> TrainedClips:
