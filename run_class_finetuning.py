@@ -62,7 +62,8 @@ def get_args_parser() -> Flags:
 
     add = parser.group("initial weights")
     add("--finetune", default="",
-        help="checkpoint of the encoder, or timm:NAME, an image ViT of timm (default: train from scratch)")
+        help="checkpoint of the encoder (also org/name on the Hugging Face hub), or timm:NAME, an image ViT of timm "
+             "(default: train from scratch)")
     add("--model_key", default="model|module", help="key of the weights in the checkpoint; the first one present")
     add("--model_prefix", default="", help="prefix of the weights to take")
     add("--inflate", default="mean", choices=list(INFLATIONS),

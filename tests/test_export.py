@@ -3,11 +3,13 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from hub import local_hub
 from videos import write_video
 
+from clips.decoders import resolve_decoder
 from clips.video import open_video
 from modeling_finetune import create_classifier
 from modeling_pretrain import create_pretrain_model
@@ -16,6 +18,7 @@ from runs.checkpoints import save_checkpoint
 from targets import create_target
 from tools import export, predict
 from tools.exporting.exported import read_model
+from utils import SettingError
 from weights.classifier import load_classifier
 from weights.names import load_weights
 from weights.native import Classifier, PretrainingModel
@@ -159,44 +162,59 @@ def test_what_videomae_lacks_is_one_clear_error(tmp_path, settings, probe, words
     assert str(caught.value).startswith(f"export.py: error: {checkpoint} ") and "\n" not in str(caught.value)
 
 
-def test_the_preprocessor_gives_our_evaluations_clip(tmp_path):
-    """Where nothing is resized to the bit of float32; a resize has antialias there."""
+def trained_as(folder):
+    args = predict.get_args_parser().parse_args(["--model", str(folder), "any.mp4"])
+    return predict.load_trained(args, report=lambda text: None, headless=False)
+
+
+def evaluation_clip(trained, frames):
+    """What our evaluation's middle crop of uint8 frames (T,3,H,W) is to the model: (1,3,T,S,S)."""
+    return trained.run(lambda pixels: pixels, trained.clips.make_crops(1)(frames)[0].transpose(0, 1)[None])
+
+
+@pytest.mark.parametrize("imagenet", [True, False])
+def test_the_preprocessor_gives_our_evaluations_clip(tmp_path, imagenet):
+    """Equal where nothing is resized; a resize has antialias there."""
     transformers = pytest.importorskip("transformers")
-    settings = {"name": TINY, "num_classes": 5, **SMALL}
-    for half in (False, True):
-        flags = {"imagenet_default_mean_and_std": not half, "short_side_size": 36, "input_size": 32}
-        folder = run(write(tmp_path, settings, **flags)[0], tmp_path / "there", "huggingface")
-        processor = transformers.VideoMAEImageProcessor.from_pretrained(folder)
-        frames = torch.randint(256, (4, 3, 36, 51), dtype=torch.uint8)
+    flags = {"imagenet_default_mean_and_std": imagenet, "short_side_size": 36, "input_size": 32}
+    checkpoint, _ = write(tmp_path, {"name": TINY, "num_classes": 5, **SMALL}, **flags)
+    folder = run(checkpoint, tmp_path / "there", "huggingface")
+    processor = transformers.VideoMAEImageProcessor.from_pretrained(folder)
+    for given in (checkpoint, folder):
+        trained = trained_as(given)
+        frames = torch.randint(256, (4, 3, 36, 49), dtype=torch.uint8)
         theirs = processor(list(frames), return_tensors="pt").pixel_values  # (1,T,3,S,S)
-        trained = predict.load_trained(
-            predict.get_args_parser().parse_args(["--model", str(folder), "x.mp4"]),
-            report=lambda text: None,
-            headless=False,
+        torch.testing.assert_close(theirs.transpose(1, 2), evaluation_clip(trained, frames), rtol=0, atol=2e-6)
+        smooth = torch.linspace(0, 255, 98).expand(4, 3, 72, 98).to(torch.uint8)  # no detail: antialias changes little
+        theirs = processor(list(smooth), return_tensors="pt").pixel_values
+        torch.testing.assert_close(
+            theirs.transpose(1, 2), evaluation_clip(trained, smooth), rtol=0, atol=3 / 255 / 0.22
         )
-        ours = trained.clips.make_crops(1)(frames)[0]  # (T,3,S,S)
-        clip = trained.run(lambda pixels: pixels, ours.transpose(0, 1)[None])
-        torch.testing.assert_close(theirs[0].transpose(0, 1), clip[0], rtol=0, atol=2e-6)
 
 
-def test_the_pipeline_reads_a_real_video(tmp_path):
+@pytest.mark.parametrize("processor", ["image", "video"])
+def test_the_pipeline_reads_a_real_video(tmp_path, processor):
+    """By either processor, of which the library takes the newer one, for which it needs torchcodec."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("av")
     checkpoint, model = write(tmp_path, {"name": TINY, "num_classes": 5, **SMALL}, input_size=32)
     folder = run(checkpoint, tmp_path / "there", "huggingface", "--labels", labels(tmp_path))
-    write_video(tmp_path / "a.mp4", 16, size=(32, 44))  # of its clip's short side: nothing is resized
+    video = str(tmp_path / "a.mp4")
+    write_video(tmp_path / "a.mp4", 16, size=(32, 44))  # of the clip's short side: nothing is resized
     pipeline = transformers.pipeline("video-classification", model=str(folder), device="cpu")
-    found = {row["label"]: row["score"] for row in pipeline(str(tmp_path / "a.mp4"), top_k=5)}
-    seen = pipeline.preprocess(str(tmp_path / "a.mp4"))["pixel_values"][0]  # (T,3,S,S)
-    trained = predict.load_trained(
-        predict.get_args_parser().parse_args(["--model", str(folder), "x.mp4"]),
-        report=lambda text: None,
-        headless=False,
-    )
-    with open_video(str(tmp_path / "a.mp4"), "av") as video:
-        frames = video.get_frames(torch.arange(16).numpy())
-    every = trained.run(lambda pixels: pixels, trained.clips.make_crops(1)(frames)[0].transpose(0, 1)[None])[0]
+    if processor == "image":
+        pipeline.video_processor = None
+    else:
+        try:
+            resolve_decoder("torchcodec")
+        except SettingError as error:
+            pytest.skip(str(error))
+    found = {row["label"]: row["score"] for row in pipeline(video, top_k=5)}
+    with open_video(video, "pyav") as opened:
+        every = evaluation_clip(trained_as(folder), opened.get_frames(np.arange(16)))[0]  # (3,16,S,S)
+    seen = pipeline.preprocess(video)["pixel_values"][0]  # (T,3,S,S)
     taken = [int((every.transpose(0, 1) - frame).abs().amax((1, 2, 3)).argmin()) for frame in seen]
+    assert taken == ([0, 1, 2, 3] if processor == "image" else [0, 4, 8, 12])  # not ours: it samples in its own way
     torch.testing.assert_close(every[:, taken].transpose(0, 1), seen, rtol=0, atol=2e-6)
     with torch.inference_mode():
         scores = model(every[:, taken][None]).softmax(1)[0]

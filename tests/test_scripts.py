@@ -242,6 +242,7 @@ def test_documents_name_only_flags_of_the_programs():
         "PRETRAIN.md": flags_of("run_mae_pretraining.py"),
         "FINETUNE.md": flags_of("run_class_finetuning.py") | tools,
         "DATASET.md": flags_of(*PARSERS) | tools,
+        "MODELS.md": flags_of("run_class_finetuning.py") | tools,
     }
     launchers = "".join((ROOT / "scripts" / name).read_text() for name in ("slurm.sh", "launch.sh"))
     theirs = set(re.findall(r"--[a-z][a-z_]*", launchers)) | {"--help"}

@@ -60,7 +60,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("visualize.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, metavar="CKPT", help="pre-training checkpoint")
+    add("--model", required=True, metavar="CKPT",
+        help="pre-training checkpoint: a file, a folder of DeepSpeed or Hugging Face, or a repository of its hub")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--video", nargs="+", metavar="FILE", help="videos to draw")
     source.add_argument("--list", metavar="FILE", help="list of videos, `path [label]` a line")

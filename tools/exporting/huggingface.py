@@ -65,7 +65,8 @@ def classifier_files(exported: Exported) -> tuple[dict, dict, list[str]]:
     notes = [
         f"Frames: in training a clip took one in {clips.sampling_rate} ({clips.sampling}). The pipeline spreads a "
         "clip over the whole video, or takes its first frames, by the version of transformers.",
-        f"Videos whose short side is not {clips.short_side} pixels are resized with antialias there, without here.",
+        f"Videos whose short side is not {clips.short_side} pixels are resized with antialias there, and without here. "
+        "The centre of an odd margin is rounded down there, and to even here.",
     ]
     shown = preprocessor_config(clips.short_side, clips.input_size, clips.statistics)
     return config, shown, notes
