@@ -68,7 +68,7 @@ def get_args_parser() -> Flags:
     add("--attn_init", default="xavier", choices=["xavier", "identity"], help="initialisation of attention")
 
     add = parser.group("initial weights")
-    add("--finetune", default="", help="checkpoint to start from (default: random weights)")
+    add("--finetune", default="", help="checkpoint to start from, or org/name on the hub (default: random weights)")
     add("--finetune_parts", default="all", choices=PARTS, help="what to take of it")
 
     add = parser.group("masking")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
-import huggingface_hub.constants
+import huggingface_hub
 
 COMMIT = "0" * 40
 
@@ -94,6 +94,8 @@ def local_hub(monkeypatch, cache):
     }.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    huggingface_hub.close_session()  # the next one reads the environment anew
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server.repositories

@@ -38,7 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("export.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, metavar="CKPT", help="checkpoint: a file, a folder, or a repository of the hub")
+    add("--model", required=True, metavar="CKPT", help="checkpoint, as of predict.py or visualize.py")
     add("--model_key", default="model|module", help="key of the weights in it, e.g. model_ema (default: %(default)s)")
     add("--to", required=True, choices=list(EXPORTS), help="see above")
     add("--output", required=True, metavar="FOLDER", help="folder to write")

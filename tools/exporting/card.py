@@ -67,13 +67,13 @@ def model_card(found: Weights, *, to: str, classifier: bool, licence: str, notes
         "The method: [AdaMAE](https://arxiv.org/abs/2211.09120), [VideoMAE](https://arxiv.org/abs/2203.12602), "
         "[MAE-ST](https://arxiv.org/abs/2205.09113).",
         f"    {LOADING[to, classifier]}",
-        *(f"- {note}" for note in notes),
+        "\n".join(f"- {note}" for note in notes),
         f"## Data\n\n{data_of(flags, classifier)}",
         f"## Recipe\n\n{recipe_of(flags)}",
         f"## Numbers\n\n{numbers_of(found.path)}",
         f"## Licence\n\n{licence}. {begun}",
     ]
-    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
 def data_of(flags: dict, classifier: bool) -> str:

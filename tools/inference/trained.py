@@ -34,7 +34,8 @@ def inference_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("videos", nargs="+", metavar="VIDEO", help="video files, and folders to search for them")
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", required=True, metavar="CKPT", help="checkpoint: a file, a folder of DeepSpeed or Hugging Face, or a repository of its hub")
+    add("--model", required=True, metavar="CKPT",
+        help="checkpoint: a file, a folder of DeepSpeed or Hugging Face, or a repository of its hub")
     add("--model_key", default="model|module", help="key of the weights in it, e.g. model_ema (default: %(default)s)")
     add("--model_prefix", default="", help="prefix of the weights to load")
     add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
