@@ -283,22 +283,27 @@ def test_the_card_tells_recipe_numbers_and_licence_and_no_paths(tmp_path):
         json.dumps({"tested": "/home/me/checkpoint-2.pth", "top1": 81.234, "videos": 99})
     )
     for to in ("huggingface", "native", "published"):
-        folder = run(checkpoint, tmp_path / to, to)
+        with pytest.raises(SystemExit, match=r"started from /home/me/published.pth: name its licence with --license"):
+            run(checkpoint, tmp_path / to, to)
+        folder = run(checkpoint, tmp_path / to, to, "--license", "cc-by-nc-4.0")
         text = "".join(path.read_text(encoding="utf-8") for path in folder.iterdir() if path.suffix in (".md", ".json"))
         assert "/home/me" not in text
         card = (folder / "README.md").read_text()
-        assert "license: mit" in card and "started from `published.pth`, whose licence holds too" in card
+        assert "license: cc-by-nc-4.0\n" in card and "Training started from `published.pth`." in card
         assert "| top1 | 81.23 |" in card and "99 videos with checkpoint-2.pth" in card
-        assert ("| `--lr` | 0.001 |" in card and "FOLDER" in card) or to == "published"
+        assert "| `--lr` | 0.001 |" in card and "| `--epochs` | 3 |" in card
 
 
-def test_weights_of_others_need_a_licence(tmp_path):
-    model = shaken(create_pretrain_model(PRETRAIN, mask_type="tube"))
-    save_checkpoint(tmp_path / "a.pth", {"model": model.state_dict()})
-    with pytest.raises(SystemExit, match="was not trained here: name its licence with --license"):
-        run(tmp_path / "a.pth", tmp_path / "there", "native")
-    run(tmp_path / "a.pth", tmp_path / "there", "native", "--license", "cc-by-nc-4.0")
-    assert "license: cc-by-nc-4.0" in (tmp_path / "there" / "README.md").read_text()
+def test_only_what_was_trained_here_has_a_licence_by_default(tmp_path):
+    checkpoint, model = write(tmp_path, {"name": PRETRAIN, "mask_type": "tube", **SMALL})
+    assert "license: mit\n" in (run(checkpoint, tmp_path / "ours", "native") / "README.md").read_text()
+    save_checkpoint(tmp_path / "a.pth", {"model": model.state_dict(), "args": {"num_frames": 4, "input_size": 32}})
+    for others in (tmp_path / "a.pth", tmp_path / "ours"):  # which may have come from anywhere
+        with pytest.raises(SystemExit, match="doesn't say who trained it: name its licence with --license"):
+            run(others, tmp_path / "there", "native")
+        folder = run(others, tmp_path / "there", "native", "--license", "cc-by-nc-4.0")
+        assert "license: cc-by-nc-4.0\n" in (folder / "README.md").read_text()
+        assert same_weights(model, load_pretrain_model(load_weights(folder)))
 
 
 def test_labels_must_be_those_of_the_classes(tmp_path):

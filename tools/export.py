@@ -1,6 +1,6 @@
 """Exports a model for other libraries: Hugging Face's transformers, the hub, the published code.
 
-    python tools/export.py --model output/checkpoint-best.pth --output exported --to huggingface --labels labels.txt
+    python tools/export.py --model output/checkpoint-best.pth --output exported --to huggingface --license mit
     python tools/export.py --model output/checkpoint-799.pth --output exported --to native --push org/name
 
 Reads the checkpoints that predict.py and visualize.py read, and writes a folder:
@@ -12,8 +12,8 @@ Reads the checkpoints that predict.py and visualize.py read, and writes a folder
                  and `Classifier.from_pretrained`
     published    checkpoint.pth: the weights under the names of the published code, without the optimiser
 
-and README.md, the model card. All three can be given to --finetune and to the tools here. A linear probe becomes the
-classifier that it is; of an attentive one only `published` keeps the pooling.
+and README.md, the model card. The first two folders and the last one's file can be given to --finetune and to the tools
+here. A linear probe becomes the classifier that it is; of an attentive one only `published` keeps the pooling.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output", required=True, metavar="FOLDER", help="folder to write")
     add("--labels", metavar="FILE", help="file of class names, one per line, from class 0 (default: the checkpoint's)")
     add("--license", metavar="NAME",
-        help="licence of the weights, by the hub's name for it (default: mit for a model trained here)")
+        help="licence of the weights, by the hub's name for it (default: mit for a run from random weights)")
     add("--push", default="", metavar="ORG/NAME",
         help="also upload the folder to this repository of the Hugging Face hub, public where it is new")
     return parser

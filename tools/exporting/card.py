@@ -8,42 +8,35 @@ from weights.names import Weights
 
 # Flags of a run that its card tells, in this order; the machine's folders are nobody's business.
 RECIPE = (
-    *("model", "mask_type", "mask_ratio", "sampler", "sampling_loss", "target", "decoder_depth", "num_frames"),
-    *(
-        "num_segments",
-        "sampling_rate",
-        "input_size",
-        "epochs",
-        "warmup_epochs",
-        "batch_size",
-        "update_freq",
-        "num_sample",
-    ),
-    *("lr", "min_lr", "weight_decay", "opt_betas", "layer_decay", "drop_path", "fc_drop_rate", "smoothing", "mixup"),
-    *("cutmix", "reprob", "aa", "seed"),
+    *("model", "mask_type", "mask_ratio", "sampler", "sampling_loss", "target", "decoder_depth"),
+    *("num_frames", "num_segments", "sampling_rate", "input_size", "num_sample", "epochs", "warmup_epochs"),
+    *("batch_size", "update_freq", "lr", "min_lr", "weight_decay", "opt_betas", "layer_decay", "drop_path"),
+    *("fc_drop_rate", "smoothing", "mixup", "cutmix", "reprob", "aa", "seed"),
 )
 LOADING = {
     ("huggingface", True): "model = transformers.VideoMAEForVideoClassification.from_pretrained(FOLDER)",
     ("huggingface", False): "model = transformers.VideoMAEForPreTraining.from_pretrained(FOLDER)",
-    ("native", True): "model = weights.native.Classifier.from_pretrained(FOLDER)",
-    ("native", False): "model = weights.native.PretrainingModel.from_pretrained(FOLDER)",
+    ("native", True): "model = weights.native.Classifier.from_pretrained(FOLDER)  # in its repository",
+    ("native", False): "model = weights.native.PretrainingModel.from_pretrained(FOLDER)  # in its repository",
     ("published", True): 'weights = torch.load("checkpoint.pth")["model"]',
     ("published", False): 'weights = torch.load("checkpoint.pth")["model"]',
 }
 
 
 def choose_licence(given: str | None, found: Weights) -> str:
-    """The licence that the card names: `given`, else this repository's for what it trained.
+    """The licence that the card names: `given`, else this repository's for what was trained here from random weights.
 
     Raises:
-        CheckpointError: none is given for weights of others.
+        CheckpointError: none is given for weights that are, or started from, those of others, or may have.
     """
-    if given or found.settings:
-        return given or "mit"
-    raise CheckpointError(
-        f"{found.path} was not trained here: name its licence with --license (AdaMAE's code is mit, VideoMAE's and "
-        "MAE-ST's cc-by-nc-4.0)"
-    )
+    if given:
+        return given
+    known = "AdaMAE's repository is mit, VideoMAE's and MAE-ST's are cc-by-nc-4.0, this one is mit"
+    if started := found.flags.get("finetune"):
+        raise CheckpointError(f"{found.path} started from {started}: name its licence with --license ({known})")
+    if not found.settings or "epochs" not in found.flags:  # exports have settings, but not all flags of the run
+        raise CheckpointError(f"{found.path} doesn't say who trained it: name its licence with --license ({known})")
+    return "mit"
 
 
 def model_card(found: Weights, *, to: str, classifier: bool, licence: str, notes: list[str]) -> str:
@@ -60,7 +53,7 @@ def model_card(found: Weights, *, to: str, classifier: bool, licence: str, notes
     if classifier:
         head.append("pipeline_tag: video-classification")
     started = flags.get("finetune")
-    begun = f"Training started from `{Path(str(started)).name}`, whose licence holds too." if started else ""
+    begun = f"Training started from `{Path(started).name}`." if started else ""
     parts = [
         "\n".join([*head, "---"]),
         f"# {found.kind} of `{Path(found.path).name}`",

@@ -63,8 +63,8 @@ def classifier_files(exported: Exported) -> tuple[dict, dict, list[str]]:
     }
     clips = trained_clips(found, model, {})
     notes = [
-        f"Frames: in training a clip took one in {clips.sampling_rate} ({clips.sampling}). The pipeline spreads a "
-        "clip over the whole video, or takes its first frames, by the version of transformers.",
+        f"In training, clips had one frame in {clips.sampling_rate} ({clips.sampling} sampling). The pipeline spreads "
+        "them over the whole video or takes the first frames, depending on the version of transformers.",
         f"Videos whose short side is not {clips.short_side} pixels are resized with antialias there, and without here. "
         "The centre of an odd margin is rounded down there, and to even here.",
     ]
