@@ -128,7 +128,7 @@ def weights_file(path: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> dict:
-    """What the files beside Hugging Face's weights say of a model, under our names; {} without a config.json.
+    """What the files beside Hugging Face's weights say of a model, under our names; nothing where there are none.
 
     `model_settings` and `class_names` as in `Weights`, `training` as its `flags`. The first is in folders of ours only.
 
