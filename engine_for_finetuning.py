@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from augment import BatchAugmentation, Colours, normalize, to_pixels
+from probes import ProbeGrid
 from runs import watchdog
 from runs.best import BestCheckpoint
 from runs.engine import Engine
@@ -17,8 +19,8 @@ from utils import seed_all, sum_over_ranks
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits (B,K) against target distributions (B,K), in float32."""
-    return -(targets * logits.float().log_softmax(1)).sum(1).mean()
+    """Mean cross-entropy of logits (...,B,classes) against target distributions (B,classes), in float32: (...)."""
+    return -(targets * logits.float().log_softmax(-1)).sum(-1).mean(-1)
 
 
 def finetune(
@@ -91,19 +93,26 @@ def finetune_one_epoch(
         clips, targets = augmentation(clips, labels, rng)  # (B,3,T,H,W) float32, (B,K)
 
         # forward and loss
-        loss = soft_cross_entropy(engine(clips), targets)
+        losses = soft_cross_entropy(engine(clips), targets)  # (), or of K probes (K,)
 
         # step
-        engine.backward(loss)
-        run.end_batch(batch, {"loss": loss})
+        engine.backward(losses.sum())  # each probe's gradient is that of its own loss
+        run.end_batch(batch, {"loss": losses.mean()})
         if engine.step():
             run.end_step(index, lr=lr, weight_decay=weight_decay)
 
 
 def validate_all(engine: Engine, loader: Iterable[dict], **settings) -> dict[str, dict[str, float]]:
-    """Validates the weights (`model`) and, if there is one, their moving average (`ema`); see `validate`."""
+    """Validates the weights (`model`) and, if there is one, their moving average (`ema`); see `validate`.
+
+    Of a grid of probes there is one result for each, such as `model lr 0.001, weight decay 0.01`.
+    """
     sources = ["model", "ema"] if engine.ema is not None else ["model"]
-    found = {source: validate(engine, loader, ema=source == "ema", **settings) for source in sources}
+    names = engine.module.names if isinstance(engine.module, ProbeGrid) else [""]
+    found = {}
+    for source in sources:
+        results = validate(engine, loader, ema=source == "ema", num_probes=len(names), **settings)
+        found |= {f"{source} {name}".strip(): values for name, values in zip(names, results, strict=True)}
     engine.end_validation()
     return found
 
@@ -111,7 +120,10 @@ def validate_all(engine: Engine, loader: Iterable[dict], **settings) -> dict[str
 def log_validation(run: TrainingRun, found: dict[str, dict[str, float]], best: BestCheckpoint) -> None:
     for source, values in found.items():
         run.log.scalars(run.last_step + 1, {f"{source}_{name}": value for name, value in values.items()})
-        text = f"{source} top-1 {values['top1']:.2f}  top-5 {values['top5']:.2f}"
+    told = found if len(found) <= 2 else [max(found, key=lambda source: found[source]["top1"])]  # of many the best
+    for source in told:
+        values, others = found[source], f"  (best of {len(found)})" * (len(told) < len(found))
+        text = f"{source} top-1 {values['top1']:.2f}  top-5 {values['top5']:.2f}{others}"
         run.console.say(f"epoch {run.epoch}  {text}  best so far {best.value['top1']:.2f}")
 
 
@@ -123,7 +135,8 @@ def validate(
     ema: bool = False,
     stop: Callable[[], bool] = lambda: False,
     report_bad: Callable[[list[tuple[str, str]]], None] = lambda entries: None,
-) -> dict[str, float]:
+    num_probes: int = 1,
+) -> list[dict[str, float]]:
     """Cross-entropy, and top-1 and top-5 accuracy in per cent, over one clip of each video of all ranks.
 
     Every video counts once. One that can't be read counts as wrong, and so does one with non-finite logits, which
@@ -133,9 +146,13 @@ def validate(
         ema: evaluate the moving average of the weights.
         stop: where it becomes true the loop ends early, and the result is meaningless.
         report_bad: called with the (path, reason) of unreadable videos.
+        num_probes: K of a grid of probes.
+
+    Returns:
+        One result, or one for each probe.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=engine.device)  # loss, top-1, top-5, videos read
-    num_bad = 0
+    sums = torch.zeros(num_probes, 3, dtype=torch.float64, device=engine.device)  # loss, top-1, top-5
+    num_bad = num_read = 0
     for batch in until_stopped(loader, stop, "validation"):
         num_bad += len(batch["bad"])
         report_bad([(path, reason) for _, path, reason in batch["bad"]])
@@ -143,17 +160,21 @@ def validate(
             continue
         clips = batch["clips"].flatten(0, 1).to(engine.device, non_blocking=True)  # (n,3,T,H,W) one view a video
         labels = batch["label"].to(engine.device, non_blocking=True)  # (n,)
-        logits = engine.evaluate(normalize(to_pixels(clips), *colours), ema=ema).float()  # (n,K)
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (n,5)
-        hits &= logits.isfinite().all(1, keepdim=True)  # topk of NaN returns arbitrary classes
-        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        sums[:3] += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
-        sums[3] += len(labels)
+        logits = engine.evaluate(normalize(to_pixels(clips), *colours), ema=ema).float()  # ([K,]n,C)
+        logits = logits.view(num_probes, len(labels), -1)  # (K,n,C)
+        hits = logits.topk(min(5, logits.shape[2]), dim=2).indices == labels[:, None]  # (K,n,5)
+        hits &= logits.isfinite().all(2, keepdim=True)  # topk of NaN returns arbitrary classes
+        loss = cross_entropy(logits.transpose(1, 2), labels.expand(num_probes, -1), reduction="none")  # (K,n)
+        sums += torch.stack([loss.sum(1), hits[:, :, 0].sum(1), hits.sum((1, 2))], dim=1)
+        num_read += len(labels)
     wait_for_all("validation")  # with --no_dist_eval only rank 0 validates
-    loss, top1, top5, read = (sum_over_ranks(x, engine.device) for x in sums.tolist())
-    bad = sum_over_ranks(num_bad, engine.device)
-    videos = max(1, read + bad)
-    return {"loss": loss / max(1, read), "top1": 100 * top1 / videos, "top5": 100 * top5 / videos, "bad": bad}
+    read, bad = (sum_over_ranks(number, engine.device) for number in (num_read, num_bad))
+    results, videos = [], max(1, read + bad)
+    for row in sums.tolist():
+        loss, top1, top5 = (sum_over_ranks(value, engine.device) for value in row)
+        accuracy = {"top1": 100 * top1 / videos, "top5": 100 * top5 / videos}
+        results.append({"loss": loss / max(1, read), **accuracy, "bad": bad})
+    return results
 
 
 def until_stopped(loader: Iterable[dict], stop: Callable[[], bool], what: str) -> Iterator[dict]:

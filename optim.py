@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from utils import SettingError
 
 
-def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: float | None = None) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, layer_decay: float | None = None, lr: float = 1.0
+) -> list[dict]:
     """Groups the trained parameters by layer and by whether they are decayed; frozen ones are left out.
 
     One-dimensional parameters, biases and the names in the model's `no_weight_decay()` are not decayed. With
     layer-wise decay (BEiT, appendix) a group's `lr_scale` is layer_decay^(last layer - its layer), by the model's
     `layer_ids()`; otherwise, and for layer_decay 1, it is 1. (timm's `param_groups_layer_decay` orders groups from
-    another list of layers, so checkpoints of the optimiser would not carry over.)
+    another list of layers, so checkpoints of the optimiser would not carry over.) A grid of probes has its own rates,
+    as multiples of the whole's `lr`, and its own decays, which stay constant (`constant_decay`).
 
     Returns:
         Dicts with `params`, `weight_decay` and `lr_scale`, in the order of their first parameters.
@@ -33,15 +36,18 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, layer_decay: floa
     by_layer = layer_decay is not None and layer_decay < 1
     layers = model.layer_ids() if by_layer else dict.fromkeys(trained, 0)
     last = max(layers.values())
-    groups: dict[tuple[int, bool], dict] = {}
+    own = model.group_settings() if hasattr(model, "group_settings") else {}
+    groups: dict[tuple, dict] = {}
     for name, p in trained.items():
         decays = p.ndim > 1 and not name.endswith(".bias") and name not in skip
+        rate, decay = own.get(name, (lr, weight_decay))
         new = {
             "params": [],
-            "weight_decay": weight_decay if decays else 0.0,
-            "lr_scale": layer_decay ** (last - layers[name]) if by_layer else 1.0,
+            "weight_decay": decay if decays else 0.0,
+            "lr_scale": (layer_decay ** (last - layers[name]) if by_layer else 1.0) * (rate / lr if own else 1.0),
+            "constant_decay": bool(own),
         }
-        groups.setdefault((layers[name], decays), new)["params"].append(p)
+        groups.setdefault((layers[name], decays, rate, decay), new)["params"].append(p)
     return list(groups.values())
 
 
@@ -67,7 +73,8 @@ def create_optimizer(
         betas: None takes the optimiser's default.
 
     Raises:
-        SettingError: timm has no such optimiser, it does not take these values, or `parameter_groups` raises.
+        SettingError: timm has no such optimiser, it does not take these values, it would clip the gradients of a grid
+            of probes together, or `parameter_groups` raises.
     """
     opt = opt.lower()
     if opt not in list_optimizers():
@@ -82,15 +89,18 @@ def create_optimizer(
         settings["betas"] = tuple(betas)
     if opt in ("adam", "adamw"):
         settings["fused"] = True
-    groups = parameter_groups(model, weight_decay=weight_decay, layer_decay=layer_decay)
+    groups = parameter_groups(model, weight_decay=weight_decay, layer_decay=layer_decay, lr=lr)
     if info.opt_class is Lars:
         for group in groups:
             group["always_adapt"] = all(p.ndim > 1 for p in group["params"])
     settings |= {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
     try:
-        return create_optimizer_v2(groups, opt=opt, **settings)
+        optimizer = create_optimizer_v2(groups, opt=opt, **settings)
     except ValueError as error:
         raise SettingError(f"--opt {opt} refuses its settings: {error}") from error
+    if hasattr(model, "group_settings") and optimizer.defaults.get("max_grad_norm"):
+        raise SettingError(f"--opt {opt} clips the gradients of all probes together; use another, e.g. adamw")
+    return optimizer
 
 
 def cosine_schedule(

@@ -19,12 +19,13 @@ from evaluation import FUSIONS, test
 from loaders import build_finetuning_loaders
 from modeling_blocks import POSITION_KINDS
 from modeling_finetune import CLASSIFIERS, colour_statistics, parse_model_name, token_grid
-from probes import build_classifier
+from probes import ProbeGrid, build_classifier
 from runs.assembly import Session, build_engine, build_run, build_schedule, open_session
 from runs.best import BestCheckpoint, resume_best
 from runs.console import Console
 from runs.engine import Engine
 from runs.flags import AT_LEAST_ONE, AT_LEAST_ZERO, BELOW_ONE, ON_OFF, SHARE, Flags, check_common, common_parser
+from runs.probe_flags import check_probe_flags, probe_settings
 from runs.program import run_program
 from runs.signals import StopSignals
 from utils import SettingError, seed_all
@@ -70,6 +71,12 @@ def get_args_parser() -> Flags:
         help="an image's patch embedding in time: spread over the frames of a tubelet, or in its middle one")
     add("--linear_probe", action="store_true", help="train a linear layer on the frozen encoder")
     add("--attentive_probe", action="store_true", help="train attention pooling and a linear layer on it")
+    add("--probe_blocks", default=1, type=int, valid=AT_LEAST_ONE,
+        help="blocks of attention pooling, the last a cross-attention (V-JEPA: 1, V-JEPA 2: 4)")
+    add("--probe_lrs", default=None, type=float, nargs="+",
+        help="train probes with each of these peak rates at once, instead of --lr, and test the best in validation")
+    add("--probe_weight_decays", default=None, type=float, nargs="+",
+        help="likewise with each of these weight decays, instead of --weight_decay, and each of the rates")
     add("--probe_batch_norm", action="store_true", help="standardise the features of a probe (MAE)")
 
     add = parser.group("training")
@@ -164,23 +171,6 @@ def check_settings(args: argparse.Namespace) -> Settings:
     return Settings(model, data_set, lists, class_names, weights)
 
 
-def check_probe_flags(args: argparse.Namespace) -> None:
-    probe = args.linear_probe or args.attentive_probe
-    for clash, message in (
-        (args.linear_probe and args.attentive_probe, "--linear_probe and --attentive_probe exclude each other"),
-        (args.slot_pooling and not args.use_mean_pooling, "--slot_pooling and --use_cls exclude each other"),
-        (args.slot_pooling and args.attentive_probe, "--slot_pooling and --attentive_probe exclude each other"),
-        (args.probe_batch_norm and not probe, "--probe_batch_norm needs --linear_probe or --attentive_probe"),
-        (probe and not (args.finetune or args.eval), "a probe needs a frozen encoder: set --finetune"),
-        (
-            args.probe_batch_norm and not args.eval and args.batch_size * args.num_sample == 1,
-            "--probe_batch_norm can't standardise a batch of one clip: raise --batch_size",
-        ),
-    ):
-        if clash:
-            raise SettingError(message)
-
-
 def find_weights(args: argparse.Namespace) -> Weights | None:
     """The weights to test or to start from; None trains from scratch. The file is read once, here."""
     place = {"model_key": args.model_key, "prefix": args.model_prefix}
@@ -215,8 +205,7 @@ def model_settings(args: argparse.Namespace, num_classes: int, weights: Weights 
         "checkpoint_activations": args.use_checkpoint,
     }
     if args.linear_probe or args.attentive_probe:
-        kind = "linear" if args.linear_probe else "attentive"
-        settings["probe"] = {"kind": kind, "batch_norm": args.probe_batch_norm}
+        settings["probe"] = probe_settings(args)
     return settings
 
 
@@ -326,6 +315,7 @@ def train_and_test(session: Session, settings: Settings) -> int:
     session.to_close.callback(engine.close)
     videos = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items()) + " videos"
     classes = f"{settings.data_set.num_classes} classes of {args.data_set}"
+    classes += f", {len(engine.module.names)} probes" if isinstance(engine.module, ProbeGrid) else ""
     session.describe(engine, model=classes, videos=videos)
     warn_of_empty_classes(args, settings.lists, console)
 
@@ -333,8 +323,8 @@ def train_and_test(session: Session, settings: Settings) -> int:
     if not args.eval:
         best = train(session, settings, engine, loaders, augmentation)
         if not (args.disable_eval_during_finetuning or args.test_last):
-            tested = best.load_into(model) or tested
-        check_same_on_all_ranks(tested, model, world)
+            tested = best.load_into(engine) or tested
+        check_same_on_all_ranks(tested, engine.module, world)
     return test(
         engine,
         loaders["test"],

@@ -2,12 +2,13 @@
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
-
-from runs.checkpoints import BEST, read_checkpoint
+from probes import ProbeGrid, chosen_settings
+from runs.checkpoints import BEST, CheckpointError, read_checkpoint
 from runs.console import Console
+from runs.engine import Engine
 from runs.saving import Checkpoints
 from runs.training import TrainingRun
 from utils import broadcast_from_main, whole_file
@@ -19,7 +20,8 @@ class BestCheckpoint:
     """Writes checkpoint-best.pth whenever a validation is better than ever.
 
     Attributes:
-        value: the best so far: its `top1` in per cent, `epoch`, and `source`, "model" or "ema".
+        value: the best so far: its `top1` in per cent, `epoch`, and `source`, "model" or "ema", of a grid of probes
+            followed by the probe's name.
     """
 
     def __init__(self, value: dict, *, checkpoints: Checkpoints, console: Console):
@@ -37,19 +39,41 @@ class BestCheckpoint:
                 better = {"top1": values["top1"], "epoch": epoch, "source": source}
         if better is self.value:
             return
-        weights = "model_ema" if better["source"] == "ema" else "model"
         more = {"epoch": epoch, "best": better}
-        written = self.checkpoints.write(BEST, more, only=lambda state: {"model": state[weights]})
+        written = self.checkpoints.write(BEST, more, only=self._selects(better["source"]))
         if written or self.checkpoints.folder is None:
             self.value = better  # else the file still holds the old one
 
-    def load_into(self, model: nn.Module) -> str:
-        """Loads the best weights into a classifier or probe; returns their file, or "" where none was written."""
+    def _selects(self, source: str) -> Callable[[dict], dict]:
+        """What the file holds of the engine's state: one model, of a grid the one probe with its own settings."""
+        which, _, probe = source.partition(" ")
+        weights = "model_ema" if which == "ema" else "model"
+        if not probe:
+            return lambda state: {"model": state[weights]}
+        grid, settings = self.checkpoints.engine.module, self.checkpoints.about["model_settings"]
+        own = {"model_settings": chosen_settings(settings, probe)}
+        return lambda state: {"model": grid.select(state[weights], probe), **own}
+
+    def load_into(self, engine: Engine) -> str:
+        """Loads the best weights, with which the engine then evaluates; a grid of probes becomes the best of them.
+
+        Returns:
+            Their file and the name of the probe, or "" where none was written.
+
+        Raises:
+            CheckpointError: none was written of a grid.
+        """
         path = self.checkpoints.folder and self.checkpoints.folder / BEST
+        is_grid = isinstance(engine.module, ProbeGrid)
         if self.value["top1"] < 0 or not path or not path.is_file():
+            if is_grid:
+                raise CheckpointError(f"no {BEST} to test: no probe had a finite validation, or writing it failed")
             return ""
-        model.load_state_dict(read_checkpoint(path)["model"])
-        return str(path)
+        _, _, probe = self.value["source"].partition(" ")
+        if is_grid:
+            engine.module = engine.module.probe(probe)
+        engine.module.load_state_dict(read_checkpoint(path)["model"])
+        return f"{path} ({probe})" if probe else str(path)
 
 
 def resume_best(run: TrainingRun, *, resumed_from: str) -> BestCheckpoint:

@@ -117,10 +117,10 @@ class Engine:
             self.ema.copied = None
 
     def set_schedule(self, lr: float, weight_decay: float | None = None) -> None:
-        """Sets the learning rate (times each group's lr_scale), and the weight decay where there is any."""
+        """Sets the learning rate (times each group's lr_scale), and the weight decay where any follows the schedule."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-            if weight_decay is not None and group["weight_decay"] > 0:
+            if weight_decay is not None and group["weight_decay"] > 0 and not group.get("constant_decay"):
                 group["weight_decay"] = weight_decay
 
     def backward(self, loss: Tensor) -> None:

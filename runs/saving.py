@@ -64,7 +64,7 @@ class Checkpoints:
 
         Args:
             more: what the file holds beside the engine's state.
-            only: selects from the engine's state.
+            only: selects from the engine's state, and adds what replaces `about`.
 
         Returns:
             Whether the file was written, the same on all ranks.
@@ -75,7 +75,7 @@ class Checkpoints:
         state = only(self.engine.state_dict())
         self.unsaved = ""
         if self.world.is_main:
-            self._write(name, {**state, **more, **self.about})
+            self._write(name, {**self.about, **state, **more})
         # The others wait: when one of them leaves, its launcher ends rank 0, which may still be writing.
         self.unsaved = broadcast_from_main(self.unsaved, self.world.device)
         return not self.unsaved

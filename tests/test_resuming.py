@@ -184,7 +184,7 @@ def test_a_signal_during_validation_repeats_the_validation(data, straight, tmp_p
     def validate(*args, ema: bool, **settings):
         if not ema:
             os.kill(os.getpid(), signal.SIGTERM)
-        return {"top1": 100.0, "top5": 100.0, "loss": 0.0}  # of a validation cut short: must not count
+        return [{"top1": 100.0, "top5": 100.0, "loss": 0.0}]  # of a validation cut short: must not count
 
     with monkeypatch.context() as patch:
         patch.setattr(engine_for_finetuning, "validate", validate)

@@ -257,7 +257,7 @@ def test_a_validation_counts_what_is_not_finite_as_wrong():
     logits = torch.tensor([[3.0, 0], [float("nan"), 0]])
     engine = SimpleNamespace(device=torch.device("cpu"), evaluate=lambda clips, ema: logits)
     batch = {"clips": torch.zeros(2, 1, 3, 2, 4, 4, dtype=torch.uint8), "label": torch.tensor([0, 0]), "bad": []}
-    found = validate(engine, [batch], colours=((0.5,) * 3, (0.5,) * 3))
+    (found,) = validate(engine, [batch], colours=((0.5,) * 3, (0.5,) * 3))
     assert found["top1"] == found["top5"] == 50 and not np.isfinite(found["loss"])
 
 

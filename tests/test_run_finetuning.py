@@ -270,7 +270,7 @@ def test_a_pretrained_checkpoint_cannot_be_tested(data, pretrained):
 
 def test_every_flag_is_read():
     """Each flag's name stands in the program or in what it shares; resuming reads its own by name."""
-    files = (PROGRAM, "runs/flags.py", "runs/assembly.py", "runs/resuming.py")
+    files = (PROGRAM, "runs/flags.py", "runs/assembly.py", "runs/resuming.py", "runs/probe_flags.py")
     source = "".join((ROOT / name).read_text() for name in files)
     for action in get_args_parser()._actions:
         if action.dest != "help":

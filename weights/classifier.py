@@ -86,8 +86,9 @@ def load_classifier(
         changes: settings of `create_classifier` that replace the checkpoint's, e.g. `num_frames`.
 
     Raises:
-        CheckpointError: as `load_classifier_weights`, or the checkpoint has no head.
+        CheckpointError: as `load_classifier_weights`, or the checkpoint has no head, or holds a grid of probes.
     """
+    refuse_grid(found)
     settings = {**classifier_settings(found), **changes}
     if headless:
         settings.setdefault("num_classes", 1)
@@ -100,6 +101,19 @@ def load_classifier(
     if headless:
         model.head = nn.Identity()
     return model.eval()
+
+
+def refuse_grid(found: Weights) -> None:
+    """Refuses the full state of a grid of probes as one model.
+
+    Raises:
+        CheckpointError: it is that.
+    """
+    grid = (found.settings.get("probe") or {}).get("grid")
+    if grid:
+        raise CheckpointError(
+            f"{found.path} holds {len(grid)} probes: use checkpoint-best.pth beside it, which is the best of them"
+        )
 
 
 def classifier_settings(found: Weights) -> dict:

@@ -8,7 +8,7 @@ from modeling_finetune import CLASSIFIERS, VisionTransformer
 from probes import Probe
 from runs.checkpoints import BEST, CheckpointError, epoch_checkpoints
 from utils import World, gather_from_ranks
-from weights.classifier import fit_weights
+from weights.classifier import fit_weights, refuse_grid
 from weights.names import Weights, load_weights, plain_name
 
 
@@ -19,7 +19,7 @@ def find_tested(*, finetune: str, resume: str, output_dir: str, last: bool = Fal
     `last` the newest only. `place` holds `model_key` and `prefix` of `load_weights`, for the first of these files only.
 
     Raises:
-        CheckpointError: there is no such file, or none with a head.
+        CheckpointError: there is no such file, or none with a head; or it holds a grid of probes.
     """
     paths = [path for path in (finetune, resume) if path]
     if output_dir and not resume:
@@ -29,6 +29,7 @@ def find_tested(*, finetune: str, resume: str, output_dir: str, last: bool = Fal
         raise CheckpointError("--eval has nothing to test: set --finetune to a fine-tuned checkpoint")
     for path in paths:
         found = load_weights(path, **(place if path == paths[0] else {}))
+        refuse_grid(found)
         if "head.weight" in found.tensors:
             return found
     raise CheckpointError(f"{path} has no head: --eval needs a fine-tuned checkpoint")
@@ -42,7 +43,7 @@ SET_BY = {
     "pos_embed": "--pos_embed",
     "mean_pooling": "--use_cls",
     "slot_pooling": "--slot_pooling",
-    "probe": "--linear_probe, --attentive_probe and --probe_batch_norm",
+    "probe": "--linear_probe, --attentive_probe, --probe_blocks and --probe_batch_norm",
 }
 
 
@@ -65,7 +66,8 @@ def check_tested(found: Weights, model_settings: dict) -> None:
 def _described(settings: dict, name: str) -> object:
     value = settings.get(name)
     if name == "probe" and value:
-        return value["kind"] + " with batch norm" * value.get("batch_norm", False)
+        blocks = f" of {value['blocks']} blocks" if value.get("blocks", 1) > 1 else ""
+        return value["kind"] + blocks + " with batch norm" * value.get("batch_norm", False)
     if name == "pos_embed" and not value:
         return CLASSIFIERS[settings["name"]].settings.get("pos_embed", "sinusoid_1d")
     return value
