@@ -59,3 +59,11 @@ def is_done(path: Path, settings: dict) -> bool:
                 "choose another --output, or --overwrite"
             )
     return about is not None
+
+
+def read_features(path: Path) -> np.ndarray:
+    """Reads the features (W,...) of a file that `read_about` found complete."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "np") as f:
+            return f.get_tensor("features")
+    return np.load(path)
