@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from augment import COLOUR_STATISTICS, BatchAugmentation, ClipErasing, ClipMixup
 from clips.finetune_transforms import build_finetune_transform
-from clips.lists import VideoList, check_readable, read_labels, read_splits
+from clips.lists import VideoList, check_readable, draw_fraction, read_labels, read_splits
 from datasets import DATA_SETS, FRAME_RULES, DataSet, resolve_data_set
 from engine_for_finetuning import finetune
 from evaluation import FUSIONS, test
@@ -24,7 +24,7 @@ from runs.assembly import Session, build_engine, build_run, build_schedule, open
 from runs.best import BestCheckpoint, resume_best
 from runs.console import Console
 from runs.engine import Engine
-from runs.flags import AT_LEAST_ONE, AT_LEAST_ZERO, BELOW_ONE, ON_OFF, SHARE, Flags, check_common, common_parser
+from runs.flags import AT_LEAST_ONE, AT_LEAST_ZERO, BELOW_ONE, ON_OFF, SHARE, SOME, Flags, check_common, common_parser
 from runs.probe_flags import check_probe_flags, probe_settings
 from runs.program import run_program
 from runs.signals import StopSignals
@@ -106,6 +106,8 @@ def get_args_parser() -> Flags:
     add("--sampling", default=None, choices=list(FRAME_RULES), help="frame rule (default: the data set's)")
     add("--flip", default=None, **ON_OFF, help="flip clips horizontally (default: the data set's)")
     add("--num_segments", default=1, type=int, valid=AT_LEAST_ONE, help="multiplies --num_frames")
+    add("--label_fraction", default=1.0, type=float, valid=SOME,
+        help="share of each class's training videos to train on, at least one, drawn with --seed")
     add("--labels", default=None, neutral=True, help="file of class names, one per line, for the confusion matrix")
 
     add = parser.group("evaluation")
@@ -133,6 +135,7 @@ class Settings:
     model: dict
     data_set: DataSet
     lists: dict[str, VideoList]
+    whole: int | None  # number of the training videos of which those of the list were drawn
     class_names: list[str] | None
     weights: Weights | None
 
@@ -168,7 +171,10 @@ def check_settings(args: argparse.Namespace) -> Settings:
     if args.disable_eval_during_finetuning and not args.eval:
         splits.remove("val")
     lists = read_splits(args.data_path, num_classes=data_set.num_classes, splits=splits, data_root=args.data_root)
-    return Settings(model, data_set, lists, class_names, weights)
+    whole = None
+    if args.label_fraction < 1 and not args.eval:
+        whole, lists["train"] = len(lists["train"]), draw_fraction(lists["train"], args.label_fraction, args.seed)
+    return Settings(model, data_set, lists, whole, class_names, weights)
 
 
 def find_weights(args: argparse.Namespace) -> Weights | None:
@@ -314,6 +320,8 @@ def train_and_test(session: Session, settings: Settings) -> int:
     engine = build_engine(args, model, world, layer_decay=args.layer_decay, **average)
     session.to_close.callback(engine.close)
     videos = ", ".join(f"{len(loader.dataset)} {split}" for split, loader in loaders.items()) + " videos"
+    if settings.whole is not None:
+        videos += f" (--label_fraction {args.label_fraction:g} of {settings.whole}, drawn with --seed {args.seed}),"
     classes = f"{settings.data_set.num_classes} classes of {args.data_set}"
     classes += f", {len(engine.module.names)} probes" if isinstance(engine.module, ProbeGrid) else ""
     session.describe(engine, model=classes, videos=videos)

@@ -53,9 +53,18 @@ class VideoList(Sequence):
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(f"video {index} of {len(self)}")
-        start = self._ends[index - 1] if index > 0 else 0
-        path = os.path.join(self.root, os.fsdecode(self._paths[start : self._ends[index]]))
+        path = os.path.join(self.root, self._path(index))
         return Record(path, None if self.labels[index] == NO_LABEL else int(self.labels[index]))
+
+    def _path(self, index: int) -> str:
+        start = self._ends[index - 1] if index > 0 else 0
+        return os.fsdecode(self._paths[start : self._ends[index]])
+
+    def subset(self, indices: Sequence[int]) -> "VideoList":
+        """The videos at these places of the list, in this order."""
+        paths = [self._path(index) for index in indices]
+        place = {"list_path": self.list_path, "root": self.root}
+        return VideoList(**place, paths=paths, labels=self.labels[indices], lines=self.lines[indices])
 
 
 def read_list(list_path: str | Path, data_root: str | Path | None = None) -> VideoList:
@@ -178,6 +187,20 @@ def read_splits(
     for videos in lists.values():
         check_labels(videos, num_classes)
     return lists
+
+
+def draw_fraction(videos: VideoList, fraction: float, seed: int) -> VideoList:
+    """Draws a fraction of the videos of each class, rounded, but at least one; they stay in the list's order.
+
+    Which ones depends on the list, the seed and the class alone, and those of a smaller fraction are among those of a
+    larger one.
+    """
+    chosen = []
+    for label in np.unique(videos.labels):
+        members = np.flatnonzero(videos.labels == label)
+        order = np.random.default_rng([seed, label]).permutation(members)
+        chosen.append(order[: max(1, round(fraction * len(members)))])
+    return videos.subset(np.sort(np.concatenate(chosen)))
 
 
 def check_labels(videos: VideoList, num_classes: int) -> None:

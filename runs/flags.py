@@ -21,6 +21,7 @@ AT_LEAST_ONE = Range("must be at least 1", lambda value: value >= 1)
 AT_LEAST_ZERO = Range("must be at least 0", lambda value: value >= 0)
 POSITIVE = Range("must be positive", lambda value: value > 0)
 SHARE = Range("must be from 0 to 1", lambda value: 0 <= value <= 1)
+SOME = Range("must be above 0 and at most 1", lambda value: 0 < value <= 1)
 BELOW_ONE = Range("must be from 0 to below 1", lambda value: 0 <= value < 1)
 
 

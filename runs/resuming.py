@@ -39,12 +39,14 @@ def resume(
         neutral: flags that change nothing that is computed, so that a change needs no mention.
 
     Raises:
-        CheckpointError: it can't be read, is of a model with other settings, or ranks find different ones.
+        CheckpointError: it can't be read, is of a model with other settings or of other labels, or ranks find
+            different ones.
     """
     found = find_checkpoint(flags, console)
     if found is None:
         start, lines = Start(flags["start_epoch"], 0, {}), []
     else:
+        check_same_labels(found[0], flags_of(found[1]), flags)
         start, lines = load(engine, sampler, *found, model_settings)
         lines += changes(found[1], flags, neutral)
     check_same_start(start, flags["output_dir"], world)
@@ -110,6 +112,20 @@ def check_resumable(path: Path, old: dict, new: dict) -> None:
                 f"{path} was made with {name} = {old[name]}, this run has {name} = {new[name]}; "
                 "use the same flags, another --output_dir, or --no_auto_resume"
             )
+
+
+def check_same_labels(path: Path, old: dict, new: dict) -> None:
+    """Checks that a run with few labels goes on with the same ones, which depend on fraction and seed.
+
+    Args:
+        old, new: the flags of the checkpoint and of this run.
+
+    Raises:
+        CheckpointError: as `check_resumable`.
+    """
+    drawn = [{"label_fraction": f.get("label_fraction", 1.0), "seed": f.get("seed")} for f in (old, new)]
+    if any(flags["label_fraction"] < 1 for flags in drawn):
+        check_resumable(path, *drawn)
 
 
 def layout_of(sampler: EpochSampler) -> dict[str, int]:
