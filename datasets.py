@@ -83,9 +83,12 @@ DATA_SETS = {
     "Kinetics-400": DataSet(400, "dense", True, 5, 3),
     "Kinetics-600": DataSet(600, "dense", True, 5, 3),
     "Kinetics-700": DataSet(700, "dense", True, 5, 3),
+    "Kinetics-710": DataSet(710, "dense", True, 5, 3),
     "SSV2": DataSet(174, "segments", False, 2, 3),
     "UCF101": DataSet(101, "dense", True, 5, 3),
     "HMDB51": DataSet(51, "dense", True, 5, 3),
+    "Diving48": DataSet(48, "segments", True, 2, 3),  # this row and the next: a choice, no paper here reports them
+    "Jester": DataSet(27, "segments", False, 2, 3),
     "custom": DataSet(None, "dense", True, 5, 3),  # as many classes as --nb_classes says
 }
 

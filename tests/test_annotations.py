@@ -6,6 +6,7 @@ from pathlib import PurePath
 import pytest
 
 from clips.lists import NO_LABEL, find_videos, parse_line, read_list, read_splits
+from datasets import DATA_SETS
 from tools.preparing.annotations import READERS, AnnotationError, Annotations, Entry
 from tools.preparing.listing import Found, format_line, match, read_class_folders, write_lists
 
@@ -200,3 +201,61 @@ def test_a_split_without_videos_gets_no_list(tmp_path):
     write_lists(tmp_path, Found({"train": [(PurePath("a.mp4"), 0)], "val": []}, [], []), ["a"])
     assert len(read_list(tmp_path / "train.csv")) == 1
     assert not (tmp_path / "val.csv").exists()
+
+
+# --- Kinetics-710, Diving48, Jester ---
+
+
+def test_kinetics_710_lists_have_numbers_of_merged_classes_and_names_of_videos(tmp_path):
+    (tmp_path / "label_map_k710.txt").write_text("abseiling\nair drumming\nwaxing back\n")
+    lines = "k400/train/a_000001_000011.mp4 2\nk600/train/a_000001_000011.mp4 2\nk700/b c/d_000000_000010,1\n"
+    (tmp_path / "train.csv").write_text(lines)
+    (tmp_path / "val.csv").write_text("k700/val/v_000007_000017.mp4,0\n")
+    annotations = read("Kinetics-710", tmp_path)
+    assert annotations.classes == ["abseiling", "air drumming", "waxing back"]
+    assert annotations.splits["train"] == [("a_000001_000011", 2), ("d_000000_000010", 1)]
+    assert annotations.splits["val"] == annotations.splits["test"] == [("v_000007_000017", 0)]
+    for line in ("x.mp4 3\n", "x.mp4\n"):
+        (tmp_path / "val.csv").write_text(line)
+        with pytest.raises(
+            AnnotationError, match=r"val\.csv, line 1: the label (3|-1) is none of the 3 in .*label_map"
+        ):
+            read("Kinetics-710", tmp_path)
+
+
+def test_diving48_classes_are_its_vocabulary(tmp_path):
+    vocabulary = [["Back", "15som", "05Twis", "FREE"], ["Forward", "25som", "NoTwis", "PIKE"]]
+    (tmp_path / "Diving48_vocab.json").write_text(json.dumps(vocabulary))
+    dive = {"vid_name": "_8Vy3dlHg2w_00000", "label": 1, "start_frame": 0, "end_frame": 117}
+    (tmp_path / "Diving48_V2_train.json").write_text(json.dumps([dive]))
+    (tmp_path / "Diving48_V2_test.json").write_text(json.dumps([{**dive, "vid_name": "x_1", "label": 0}]))
+    annotations = read("Diving48", tmp_path)
+    assert annotations.classes == ["Back/15som/05Twis/FREE", "Forward/25som/NoTwis/PIKE"]
+    assert annotations.splits["train"] == [("_8Vy3dlHg2w_00000", 1)]
+    assert annotations.splits["val"] == annotations.splits["test"] == [("x_1", 0)]
+    (tmp_path / "Diving48_V2_train.json").write_text(json.dumps([{**dive, "label": 2}]))
+    with pytest.raises(AnnotationError, match=r"video _8Vy3dlHg2w_00000: the label 2 is not in .*vocab"):
+        read("Diving48", tmp_path)
+    (tmp_path / "Diving48_V2_train.json").write_text(json.dumps([{"name": "x"}]))
+    with pytest.raises(AnnotationError, match=r"Diving48_V2_train\.json is not in the official format"):
+        read("Diving48", tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["", "jester-v1-"])
+def test_jester_labels_are_the_lines_of_its_table(tmp_path, prefix):
+    (tmp_path / f"{prefix}labels.csv").write_text("Swiping Left\nSwiping Right\nNo gesture\n")
+    (tmp_path / f"{prefix}train.csv").write_text("34870;Swiping Right\n56557;No gesture\n")
+    (tmp_path / f"{prefix}validation.csv").write_text("9223;Swiping Left\n")
+    annotations = read("Jester", tmp_path)
+    assert annotations.classes == ["Swiping Left", "Swiping Right", "No gesture"]
+    assert annotations.splits["train"] == [("34870", 1), ("56557", 2)]
+    assert annotations.splits["val"] == annotations.splits["test"] == [("9223", 0)]
+    with pytest.raises(AnnotationError, match="official_test: Jester"):
+        read("Jester", tmp_path, official_test=True)
+    (tmp_path / f"{prefix}train.csv").write_text("34870;Waving\n")
+    with pytest.raises(AnnotationError, match=r"train\.csv: video 34870: the class 'Waving' is not in"):
+        read("Jester", tmp_path)
+
+
+def test_every_data_set_with_annotations_has_a_row_in_the_table():
+    assert set(READERS) == set(DATA_SETS) - {"custom"}

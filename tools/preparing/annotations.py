@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
+from clips.lists import parse_line
 from utils import SettingError
 
 
@@ -152,9 +153,92 @@ def read_hmdb51(folder: Path, *, split: int, official_test: bool) -> Annotations
     return Annotations(sorted(files), {"train": parts["1"], "val": parts["2"], "test": parts["2"]})
 
 
+def read_kinetics710(folder: Path, *, split: int, official_test: bool) -> Annotations:
+    """Kinetics-710 (UniFormerV2): train.csv and val.csv of `path label`, and the class names, one a line.
+
+    The classes of Kinetics-400, -600 and -700 are merged there, and so are their lists. Lines are as in the lists that
+    training reads: a path, white space or a comma, a number from 0. Of the path the name of the file counts, with or
+    without a suffix. The names are in label_map_k710.txt or labels.txt.
+
+    Raises:
+        AnnotationError: a file is missing or malformed, or a label has no name.
+    """
+    refuse_official_test("Kinetics-710", official_test)
+    names = find_file(folder, "label_map_k710.txt", "labels.txt")
+    classes = list(text_lines(names))
+
+    def entries(file: Path) -> list[Entry]:
+        found = {}  # a video may be in several of the merged data sets
+        for number, line in enumerate(text_lines(file), start=1):
+            with malformed(file):
+                path, label = parse_line(line)
+            if not 0 <= label < len(classes):
+                raise AnnotationError(
+                    f"{file}, line {number}: the label {label} is none of the {len(classes)} in {names}"
+                )
+            found.setdefault(PurePath(path).stem, label)
+        return [Entry(*entry) for entry in found.items()]
+
+    train, val = (entries(find_file(folder, f"{part}.csv")) for part in ("train", "val"))
+    return Annotations(classes, {"train": train, "val": val, "test": val})
+
+
+def read_diving48(folder: Path, *, split: int, official_test: bool) -> Annotations:
+    """Diving48: Diving48_V2_train.json, Diving48_V2_test.json, which is val and test, and Diving48_vocab.json.
+
+    A list holds {"vid_name", "label", "start_frame", "end_frame"}. The frames span the published video, which is of one
+    dive, so they are not read. The vocabulary is a list of four words for each class.
+
+    Raises:
+        AnnotationError: a file is missing or malformed, or a label is not in the vocabulary.
+    """
+    refuse_official_test("Diving48", official_test)
+    vocabulary = find_file(folder, "Diving48_vocab.json")
+    with malformed(vocabulary):
+        classes = ["/".join(words) for words in json.loads(vocabulary.read_text("utf-8"))]
+
+    def entries(file: Path) -> list[Entry]:
+        with malformed(file):
+            found = [Entry(str(item["vid_name"]), int(item["label"])) for item in json.loads(file.read_text("utf-8"))]
+        for video, label in found:
+            if not 0 <= label < len(classes):
+                raise AnnotationError(f"{file}: video {video}: the label {label} is not in {vocabulary}")
+        return found
+
+    train, test = (entries(find_file(folder, f"Diving48_V2_{part}.json")) for part in ("train", "test"))
+    return Annotations(classes, {"train": train, "val": test, "test": test})
+
+
+def read_jester(folder: Path, *, split: int, official_test: bool) -> Annotations:
+    """Jester: train.csv and validation.csv of `id;class`, and labels.csv, a class name a line, in the order of labels.
+
+    File names may start with `jester-v1-`. The official test set is published without labels.
+
+    Raises:
+        AnnotationError: a file is missing or malformed, or names an unknown class.
+    """
+    refuse_official_test("Jester", official_test)
+
+    def find(name: str) -> Path:
+        return find_file(folder, f"jester-v1-{name}.csv", f"{name}.csv")
+
+    names = find("labels")
+    labels = {name: label for label, name in enumerate(text_lines(names))}
+
+    def entries(file: Path) -> Iterator[Entry]:
+        for line in text_lines(file):
+            video, _, name = line.partition(";")
+            if name not in labels:
+                raise AnnotationError(f"{file}: video {video}: the class {name!r} is not in {names}")
+            yield Entry(video, labels[name])
+
+    train, val = (list(entries(find(part))) for part in ("train", "validation"))
+    return Annotations(list(labels), {"train": train, "val": val, "test": val})
+
+
 def refuse_official_test(data_set: str, official_test: bool) -> None:
     if official_test:
-        raise AnnotationError(f"--official_test: {data_set} has no test set other than the one used as val")
+        raise AnnotationError(f"--official_test: {data_set} has no labelled test set other than the one used as val")
 
 
 READERS = {
@@ -162,6 +246,9 @@ READERS = {
     **dict.fromkeys(("Kinetics-400", "Kinetics-600", "Kinetics-700"), read_kinetics),
     "UCF101": read_ucf101,
     "HMDB51": read_hmdb51,
+    "Kinetics-710": read_kinetics710,
+    "Diving48": read_diving48,
+    "Jester": read_jester,
 }
 
 
