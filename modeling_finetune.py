@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from modeling_blocks import TUBELET, Blocks, TubeletEmbed, WithPositions
@@ -96,7 +97,7 @@ def token_grid(num_frames: int, input_size: int, patch: int, tubelet: int = TUBE
 class VisionTransformer(WithPositions):
     """The classifier of AdaMAE, VideoMAE and MAE-ST: clip (B,3,T,H,W) -> logits (B,classes).
 
-    Parameter names are those of the published checkpoints.
+    Parameter names are those of the published checkpoints, methods those of timm's ViTs.
 
     Args:
         patch, tubelet: side of a token in pixels, and its frames.
@@ -135,14 +136,13 @@ class VisionTransformer(WithPositions):
     ):
         super().__init__()
         self.window, self.patch, self.dim, self.depth = window, patch, size.dim, size.depth
-        self.heads, self.mean_pooling = size.heads, mean_pooling
+        self.heads, self.mean_pooling, self.encoder_norm = size.heads, mean_pooling, encoder_norm
         self.slots = window[0] if slot_pooling else 1
         self.patch_embed = TubeletEmbed(patch=patch, dim=size.dim, tubelet=tubelet)
         self.create_positions(pos_embed, window=window, dim=size.dim, class_token=class_token)
         self.pos_drop = nn.Dropout(drop)
         self.blocks = Blocks(dim=size.dim, depth=size.depth, heads=size.heads, drop=drop, **block_settings)
-        norm = nn.LayerNorm(size.dim, eps=1e-6)
-        self.norm, self.fc_norm = (None, norm) if mean_pooling and not encoder_norm else (norm, None)
+        self._place_norm(nn.LayerNorm(size.dim, eps=1e-6))
         self.fc_drop = nn.Dropout(fc_drop)
         self.head = nn.Linear(size.dim * self.slots, num_classes)
         self._initialise(init_scale)
@@ -159,6 +159,9 @@ class VisionTransformer(WithPositions):
         with torch.no_grad():
             self.head.weight.mul_(init_scale)
             self.head.bias.mul_(init_scale)
+
+    def _place_norm(self, norm: nn.LayerNorm) -> None:
+        self.norm, self.fc_norm = (None, norm) if self.mean_pooling and not self.encoder_norm else (norm, None)
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay, besides the one-dimensional ones."""
@@ -177,31 +180,69 @@ class VisionTransformer(WithPositions):
 
         return {name: layer(name) for name, _ in self.named_parameters()}
 
-    def _encode(self, clip: Tensor) -> Tensor:
-        x = self.add_positions(self.patch_embed(clip))  # (B,[1+]N,D)
-        return self.blocks(self.pos_drop(x))  # (B,[1+]N,D)
+    def _embed(self, clip: Tensor) -> Tensor:
+        return self.pos_drop(self.add_positions(self.patch_embed(clip)))  # (B,[1+]N,D)
 
     def forward_tokens(self, clip: Tensor) -> Tensor:
-        """Tokens after the last block, without class token and norm: clip (B,3,T,H,W) -> (B,N,D), in (t,h,w) order.
-
-        `final_norm` brings a mean over them to the scale of `forward_features`.
-        """
-        return self.without_class_token(self._encode(clip))
+        """Tokens after the last block, without class token and norm: clip (B,3,T,H,W) -> (B,N,D), in (t,h,w) order."""
+        return self.without_class_token(self.blocks(self._embed(clip)))
 
     def final_norm(self, x: Tensor) -> Tensor:
-        """LayerNorm between pooling and head: (...,D) -> (...,D)."""
+        """LayerNorm in front of the head: (...,D) -> (...,D)."""
         return (self.norm if self.fc_norm is None else self.fc_norm)(x)
 
+    def _token_norm(self, x: Tensor) -> Tensor:
+        return x if self.mean_pooling else self.final_norm(x)  # (B,[1+]N,D)
+
     def forward_features(self, clip: Tensor) -> Tensor:
+        """All tokens: clip (B,3,T,H,W) -> (B,[1+]N,D), in (t,h,w) order; not yet normalised where their mean is."""
+        return self._token_norm(self.blocks(self._embed(clip)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B,[1+]N,D) -> logits (B,classes), or the head's input, (B,D) or with slot pooling (B,T'*D)."""
+        if self.mean_pooling:
+            x = self.final_norm(self.without_class_token(x).unflatten(1, (self.slots, -1)).mean(2))  # (B,T' or 1,D)
+        x = x[:, : self.slots].flatten(1)  # (B,D) or (B,T'*D)
+        return x if pre_logits else self.head(self.fc_drop(x))
+
+    def forward_pooled(self, clip: Tensor) -> Tensor:
         """Pooled and normalised input of the head: clip (B,3,T,H,W) -> (B,D), with slot pooling (B,T'*D)."""
-        x = self._encode(clip)  # (B,[1+]N,D)
-        if not self.mean_pooling:
-            return self.final_norm(x[:, 0])  # (B,D)
-        slots = self.without_class_token(x).unflatten(1, (self.slots, -1)).mean(2)  # (B,T' or 1,D)
-        return self.final_norm(slots).flatten(1)  # (B,D) or (B,T'*D)
+        return self.forward_head(self.forward_features(clip), pre_logits=True)
 
     def forward(self, clip: Tensor) -> Tensor:
-        return self.head(self.fc_drop(self.forward_features(clip)))  # (B,classes)
+        return self.forward_head(self.forward_features(clip))  # (B,classes)
+
+    def forward_intermediates(
+        self, clip: Tensor, indices=None, *, norm=False, output_fmt="NCTHW", intermediates_only=False
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """As timm's: `forward_features`, and the tokens after some blocks, (B,D,T',H',W') or with "NLC" (B,N,D).
+
+        A list `indices` names blocks, an integer takes the last ones; `norm` treats them as `forward_features` does.
+        """
+        if output_fmt not in ("NCTHW", "NLC"):
+            raise ValueError(f"output_fmt {output_fmt}: it is NCTHW or NLC")
+        taken, _ = feature_take_indices(self.depth, indices)
+        x, found = self._embed(clip), []
+        for number, block in enumerate(self.blocks):
+            x = block(x)  # (B,[1+]N,D)
+            if number in taken:
+                found.append(self.without_class_token(self._token_norm(x) if norm else x))
+        if output_fmt == "NCTHW":
+            found = [tokens.transpose(1, 2).unflatten(2, self.window) for tokens in found]
+        return found if intermediates_only else (self._token_norm(x), found)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Makes a new head, or none for 0 classes; `global_pool` "avg" or "token" changes what it classifies."""
+        if global_pool not in (None, "avg", "token"):
+            raise ValueError(f"global_pool {global_pool}: it is avg or token")
+        if global_pool:
+            self.mean_pooling, self.slots = global_pool == "avg", 1
+            self._place_norm(self.norm if self.fc_norm is None else self.fc_norm)
+        place = {"device": self.patch_embed.proj.weight.device}
+        self.head = nn.Linear(self.dim * self.slots, num_classes, **place) if num_classes else nn.Identity()
 
 
 def create_classifier(

@@ -48,7 +48,7 @@ class FrozenEncoder(nn.Module):
     @torch.no_grad()
     def encode(self, clip: Tensor) -> Tensor:
         """What the probe reads: clip (B,3,T,H,W) -> tokens (B,N,D), or pooled features (B,D) or (B,T'*D)."""
-        return self.encoder.forward_tokens(clip) if self.pools else self.encoder.forward_features(clip)
+        return self.encoder.forward_tokens(clip) if self.pools else self.encoder.forward_pooled(clip)
 
 
 class Probe(FrozenEncoder):
@@ -63,12 +63,12 @@ class Probe(FrozenEncoder):
         self.pool, self.norm, self.head = head
         self.train(self.training)
 
-    def forward_features(self, clip: Tensor) -> Tensor:
+    def forward_pooled(self, clip: Tensor) -> Tensor:
         """Input of the linear layer: clip (B,3,T,H,W) -> (B,D), with slot pooling (B,T'*D)."""
         return self.norm(self.pool(self.encode(clip)))  # (B,D) or (B,T'*D)
 
     def forward(self, clip: Tensor) -> Tensor:
-        return self.head(self.forward_features(clip))  # (B,classes)
+        return self.head(self.forward_pooled(clip))  # (B,classes)
 
 
 class ProbeGrid(FrozenEncoder):

@@ -56,7 +56,7 @@ def test_classifier_equals_the_published_code(name):
     logits = model(clip)
     loss = F.cross_entropy(logits, label)
     loss.backward()
-    assert_close(model.forward_features(clip), golden["out.features"], 1e-4, "features")
+    assert_close(model.forward_pooled(clip), golden["out.features"], 1e-4, "features")
     assert_close(logits, golden["out.logits"], 1e-4, "logits")
     assert_close(loss, golden["out.ce_loss"], 1e-4, "cross entropy")
     assert_gradients(model, golden)
@@ -205,15 +205,15 @@ def test_features_are_the_normalised_mean_of_the_tokens(settings):
     tokens = model.forward_tokens(clips())  # (2,16,128)
     assert tokens.shape[1] == 16
     features = model.final_norm(tokens.mean(1))
-    torch.testing.assert_close(model.forward_features(clips()), features)
+    torch.testing.assert_close(model.forward_pooled(clips()), features)
     torch.testing.assert_close(model(clips()), model.head(features))
 
 
 @pytest.mark.parametrize("name", [TINY, TINY_MAE_ST])
 def test_without_mean_pooling_the_first_token_is_classified(name):
     model = tiny(name, mean_pooling=False)
-    first = model._encode(clips())[:, 0]
-    torch.testing.assert_close(model.forward_features(clips()), model.norm(first))
+    first = model.blocks(model._embed(clips()))[:, 0]
+    torch.testing.assert_close(model.forward_pooled(clips()), model.norm(first))
     is_first_of_the_clip = torch.equal(first, model.forward_tokens(clips())[:, 0])
     assert is_first_of_the_clip == (name == TINY)
 
@@ -388,10 +388,10 @@ def test_a_linear_probe_loads_as_a_classifier():
 
 def test_a_linear_probe_reads_the_pooled_features():
     model = tiny()
-    features = model.forward_features(clips(4)).detach()
+    features = model.forward_pooled(clips(4)).detach()
     probe = make_probe(model, kind="linear", batch_norm=True).train()
     standardised = (features - features.mean(0)) / (features.var(0, unbiased=False) + 1e-6).sqrt()
-    torch.testing.assert_close(probe.forward_features(clips(4)), standardised, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(probe.forward_pooled(clips(4)), standardised, rtol=1e-4, atol=1e-4)
     assert not list(probe.norm.parameters())
     assert probe.head.weight.std().item() == pytest.approx(0.01, rel=0.1)
 
@@ -429,5 +429,60 @@ def test_slot_pooling_keeps_the_order_of_the_slots():
     clip = torch.randn(2, 3, 16, 32, 32)
     tokens = model.forward_tokens(clip)  # (B,N,D)
     expected = torch.cat([model.final_norm(slot.mean(1)) for slot in tokens.split(16, dim=1)], dim=1)
-    torch.testing.assert_close(model.forward_features(clip), expected)
+    torch.testing.assert_close(model.forward_pooled(clip), expected)
     assert model.head.in_features == 8 * 128
+
+
+# --- as timm's users expect ---
+
+
+@pytest.mark.parametrize("settings", [{}, {"mean_pooling": False}, {"slot_pooling": True}, {"name": TINY_MAE_ST}])
+def test_intermediates_are_the_tokens_after_each_block_and_the_last_those_of_the_features(settings):
+    model = tiny(**settings)
+    features = model.forward_features(clips())  # (2,[1+]16,128)
+    final, grids = model.forward_intermediates(clips(), norm=True)
+    assert torch.equal(final, features) and len(grids) == 4
+    assert all(grid.shape == (2, 128, *model.window) for grid in grids)
+    tokens = model.without_class_token(features)  # (2,16,128)
+    assert torch.equal(grids[-1].flatten(2).transpose(1, 2), tokens)
+    _, lists = model.forward_intermediates(clips(), indices=[0, 3], output_fmt="NLC")
+    assert torch.equal(lists[1], model.forward_tokens(clips()))
+    first = model.without_class_token(model.blocks[0](model._embed(clips())))
+    assert torch.equal(lists[0], first) and lists[0].shape == (2, 16, 128)
+    (alone,) = model.forward_intermediates(clips(), 1, output_fmt="NLC", intermediates_only=True)
+    assert torch.equal(alone, lists[1])
+    pooled = model.forward_head(features, pre_logits=True)
+    assert torch.equal(pooled, model.forward_pooled(clips()))
+    assert torch.equal(model.forward_head(features), model(clips()))
+    with pytest.raises(ValueError, match="output_fmt NCHW: it is NCTHW or NLC"):
+        model.forward_intermediates(clips(), output_fmt="NCHW")
+
+
+@pytest.mark.parametrize("settings", [{}, {"mean_pooling": False}, {"slot_pooling": True}, {"name": TINY_MAE_ST}])
+def test_a_classifier_is_reset_to_other_classes_and_another_pooling(settings):
+    model = tiny(**settings)
+    features = model.forward_pooled(clips())
+    model.reset_classifier(7)
+    assert model(clips()).shape == (2, 7) and model.get_classifier() is model.head
+    assert torch.equal(model.forward_pooled(clips()), features)
+    model.reset_classifier(0)
+    assert torch.equal(model(clips()), features)
+    tokens = model._embed(clips())
+    tokens = model.blocks(tokens)
+    model.reset_classifier(3, "token")
+    assert torch.equal(model.head(model.final_norm(tokens[:, :1])[:, 0]), model(clips()))
+    model.reset_classifier(0, "avg")
+    mean = model.final_norm(model.without_class_token(tokens).mean(1))
+    torch.testing.assert_close(model(clips()), mean)
+    with pytest.raises(ValueError, match="global_pool map"):
+        model.reset_classifier(3, "map")
+
+
+@pytest.mark.parametrize("name", [TINY, TINY_MAE_ST])
+def test_an_exported_program_gives_the_same_logits_for_any_batch(name):
+    """The recipe of FINETUNE.md."""
+    model = tiny(name, init_scale=1.0)
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(model, (clips(2),), dynamic_shapes=(batch,), strict=True).module()
+    for number in (1, 2, 5):
+        torch.testing.assert_close(program(clips(number)), model(clips(number)), rtol=1e-5, atol=1e-6)

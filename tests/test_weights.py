@@ -421,7 +421,7 @@ def test_our_classifier_is_rebuilt(tmp_path, settings):
     model = rebuild(path, report=quiet)
     assert torch.equal(model(clip), source(clip)) and not model.training
     features = rebuild(path, headless=True, report=quiet)(clip)
-    assert torch.equal(features, source.forward_features(clip))
+    assert torch.equal(features, source.forward_pooled(clip))
     longer = rebuild(path, num_frames=8, report=quiet)
     assert longer.window == (4, 4, 4) and torch.equal(longer.head.weight, source.head.weight)
 
@@ -434,7 +434,7 @@ def test_our_probe_is_rebuilt(tmp_path, kind):
     clip = clip_for(probe)
     assert torch.equal(rebuild(path, report=quiet)(clip), probe(clip))
     features = rebuild(path, headless=True, report=quiet)(clip)
-    assert torch.equal(features, probe.forward_features(clip))
+    assert torch.equal(features, probe.forward_pooled(clip))
 
 
 @pytest.mark.parametrize(

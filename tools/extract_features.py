@@ -76,7 +76,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def clip_features(clips: Tensor, *, model: nn.Module, pool: str) -> Tensor:
     """Computes what `pool` keeps of normalised clips: (B,3,T,H,W) -> (B,D), (B,T',D) or (B,T',H',W',D)."""
     if pool == "mean":
-        return model.forward_features(clips)  # (B,D)
+        return model.forward_pooled(clips)  # (B,D)
     encoder = encoder_of(model)
     tokens = encoder.forward_tokens(clips).unflatten(1, encoder.window)  # (B,T',H',W',D)
     return tokens if pool == "tokens" else encoder.final_norm(tokens.mean((2, 3)))  # (B,T',D)
