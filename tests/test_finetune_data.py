@@ -93,14 +93,18 @@ def test_the_table_holds_the_published_data_sets():
         "Kinetics-400": 400,
         "Kinetics-600": 600,
         "Kinetics-700": 700,
+        "Kinetics-710": 710,
         "SSV2": 174,
         "UCF101": 101,
         "HMDB51": 51,
+        "Diving48": 48,
+        "Jester": 27,
         "custom": None,
     }
-    assert [name for name, d in DATA_SETS.items() if not d.flip] == ["SSV2"]
-    assert DATA_SETS["SSV2"][1:] == ("segments", False, 2, 3)
-    assert all(d[1:] == ("dense", True, 5, 3) for name, d in DATA_SETS.items() if name != "SSV2")
+    assert [name for name, d in DATA_SETS.items() if not d.flip] == ["SSV2", "Jester"]
+    whole = ("SSV2", "Diving48", "Jester")  # the action is recognised from the whole video
+    assert all(DATA_SETS[name][1:] == ("segments", name == "Diving48", 2, 3) for name in whole)
+    assert all(d[1:] == ("dense", True, 5, 3) for name, d in DATA_SETS.items() if name not in whole)
 
 
 def test_flags_replace_entries_of_the_table():

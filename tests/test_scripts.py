@@ -212,6 +212,7 @@ def test_mae_sts_recipe_has_its_published_rates_and_arithmetic():
 def test_probe_freezes_the_encoder_it_is_given(recipe):
     args = parsed(recipe)
     assert (args.linear_probe, args.attentive_probe) == ("linear" in recipe.stem, "attentive" in recipe.stem)
+    assert f"`scripts/ssv2/{recipe.name}`" in (ROOT / "FINETUNE.md").read_text()
     assert args.finetune == os.devnull
     assert (args.mixup, args.cutmix, args.smoothing, args.drop_path) == (0, 0, 0, 0)
 
