@@ -174,7 +174,8 @@ def make_probe(
     batch_norm: bool = False,
     blocks: int = 1,
     grid: Sequence[tuple[float, float]] = (),
-    **_chosen: float,
+    lr: float | None = None,
+    weight_decay: float | None = None,
 ) -> Probe | ProbeGrid:
     """Makes a classifier with pre-trained weights into a probe of its encoder, or into a grid of them.
 
@@ -184,7 +185,7 @@ def make_probe(
         batch_norm: standardise the features before the linear layer, by a BatchNorm without parameters (MAE).
         blocks: of `attentive_pool`.
         grid: learning rate and weight decay of each of several probes; none makes a single one.
-        _chosen: the `lr` and `weight_decay` of a probe that was chosen from a grid; they shape nothing.
+        lr, weight_decay: those of a probe that was chosen from a grid, as its checkpoint says; they shape nothing.
 
     Raises:
         ValueError: unknown kind.

@@ -40,7 +40,7 @@ def check_grid_flags(args: argparse.Namespace, probe: bool) -> None:
         (not probe, f"{several} need --linear_probe or --attentive_probe"),
         (not all(0 < lr < inf for lr in [*lrs, args.lr]), "--probe_lrs must be positive, and --lr, which they replace"),
         (not all(0 <= decay < inf for decay in decays), "--probe_weight_decays must be at least 0"),
-        (len(set(lrs)) < len(lrs) or len(set(decays)) < len(decays), f"{several} must each name a value only once"),
+        (any(len(set(map("{:g}".format, v))) < len(v) for v in (lrs, decays)), f"{several} must name no value twice"),
         (args.weight_decay_end is not None, f"{several} keep each decay constant: drop --weight_decay_end"),
         (args.clip_grad, f"{several} exclude --clip_grad, which would clip all probes together"),
         (args.test_last, f"{several} exclude --test_last: the probe to test is the best in validation"),

@@ -278,7 +278,7 @@ def test_the_whole_grid_is_no_model_to_test_or_predict_with(straight, data, tmp_
         (["--probe_lrs", "0.1", "--test_last"], "exclude --test_last"),
         (["--probe_lrs", "0.1", "--clip_grad", "1"], "exclude --clip_grad"),
         (["--probe_lrs", "0.1", "--no_save_ckpt"], "need validation and --output_dir"),
-        (["--probe_lrs", "0.1", "0.1"], "name a value only once"),
+        (["--probe_lrs", "0.1", "0.1"], "must name no value twice"),
         (["--probe_lrs", "0"], "--probe_lrs must be positive"),
         (["--probe_lrs", "nan"], "--probe_lrs must be positive"),
         (["--probe_weight_decays", "-1"], "--probe_weight_decays must be at least 0"),
