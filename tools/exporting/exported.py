@@ -62,7 +62,7 @@ def read_model(path: str, *, model_key: str, labels: str | None) -> Exported:
     settings = classifier_settings(found)
     if labels:
         found = replace(found, class_names=tuple(read_labels(labels, model.head.out_features)))
-    if isinstance(model, Probe) and model.pool is None:
+    if isinstance(model, Probe) and not model.pools:
         model, settings = without_probe(model), {k: v for k, v in settings.items() if k != "probe"}
     return Exported(found, model, settings, training)
 
