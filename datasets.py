@@ -89,7 +89,7 @@ DATA_SETS = {
     "HMDB51": DataSet(51, "dense", True, 5, 3),
     "Diving48": DataSet(48, "segments", True, 2, 3),  # this row and the next: a choice, no paper here reports them
     "Jester": DataSet(27, "segments", False, 2, 3),
-    "custom": DataSet(None, "dense", True, 5, 3),  # as many classes as --nb_classes says
+    "custom": DataSet(None, "dense", True, 5, 3),  # as many classes as --nb_classes says, or as have names
 }
 
 
@@ -112,7 +112,9 @@ def resolve_data_set(name: str, **changes) -> DataSet:
             "out, or use --data_set custom for a part of a data set"
         )
     if data_set.num_classes is None or data_set.num_classes < 1:
-        raise SettingError(f"--data_set {name} needs --nb_classes, the number of classes, at least 1")
+        raise SettingError(
+            f"--data_set {name} needs --nb_classes, the number of classes, at least 1, or lists of `path,class name`"
+        )
     if data_set.test_segments < 1 or data_set.test_crops < 1:
         raise SettingError("--test_num_segment and --test_num_crop must be at least 1")
     return data_set

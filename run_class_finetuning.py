@@ -6,13 +6,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import numpy as np
 from torch import nn
 from torch.utils.data import DataLoader
 
 from augment import COLOUR_STATISTICS, BatchAugmentation, ClipErasing, ClipMixup
+from clips.class_names import ClassNames, check_classes, number_lists, warn_of_empty_classes
 from clips.finetune_transforms import build_finetune_transform
-from clips.lists import VideoList, check_readable, draw_fraction, read_labels, read_splits
+from clips.lists import VideoList, check_readable, draw_fraction, read_splits
 from datasets import DATA_SETS, FRAME_RULES, DataSet, resolve_data_set
 from engine_for_finetuning import finetune
 from evaluation import FUSIONS, test
@@ -22,7 +22,6 @@ from modeling_finetune import CLASSIFIERS, colour_statistics, parse_model_name, 
 from probes import ProbeGrid, build_classifier
 from runs.assembly import Session, build_engine, build_run, build_schedule, open_session
 from runs.best import BestCheckpoint, resume_best
-from runs.console import Console
 from runs.engine import Engine
 from runs.flags import AT_LEAST_ONE, AT_LEAST_ZERO, BELOW_ONE, ON_OFF, SHARE, SOME, Flags, check_common, common_parser
 from runs.probe_flags import check_probe_flags, probe_settings
@@ -102,13 +101,15 @@ def get_args_parser() -> Flags:
     add = parser.group("data set")
     add("--data_set", default="Kinetics-400", choices=list(DATA_SETS),
         help="sets classes, frame rule, flip and views")
-    add("--nb_classes", default=None, type=int, help="number of classes (default: the data set's)")
+    add("--nb_classes", default=None, type=int,
+        help="number of classes (default: the data set's, or as many as have names)")
     add("--sampling", default=None, choices=list(FRAME_RULES), help="frame rule (default: the data set's)")
     add("--flip", default=None, **ON_OFF, help="flip clips horizontally (default: the data set's)")
     add("--num_segments", default=1, type=int, valid=AT_LEAST_ONE, help="multiplies --num_frames")
     add("--label_fraction", default=1.0, type=float, valid=SOME,
         help="share of each class's training videos to train on, at least one, drawn with --seed")
-    add("--labels", default=None, neutral=True, help="file of class names, one per line, for the confusion matrix")
+    add("--labels", default=None, neutral=True,
+        help="file of class names, one per line from class 0 (default: the checkpoint's under --eval, or the lists')")
 
     add = parser.group("evaluation")
     add("--eval", action="store_true", help="only test --finetune, --resume or the best in --output_dir")
@@ -136,7 +137,7 @@ class Settings:
     data_set: DataSet
     lists: dict[str, VideoList]
     whole: int | None  # number of the training videos of which those of the list were drawn
-    class_names: list[str] | None
+    class_names: tuple[str, ...]  # by number; () where only numbers are known
     weights: Weights | None
 
 
@@ -154,27 +155,35 @@ def check_settings(args: argparse.Namespace) -> Settings:
             raise SettingError(f"--{name} {low} {high} must be two numbers in ascending order, above 0 and at most 1")
     if not args.data_path:
         raise SettingError("--data_path is missing: a folder of train.csv, val.csv and test.csv (DATASET.md)")
+    weights = find_weights(args)
+    lists, names = read_lists(args, weights)
+    counted = len(names.names) if args.data_set == "custom" and args.nb_classes is None else 0
     data_set = resolve_data_set(
         args.data_set,
-        num_classes=args.nb_classes,
+        num_classes=counted or args.nb_classes,
         sampling=args.sampling,
         flip=args.flip,
         test_segments=args.test_num_segment,
         test_crops=args.test_num_crop,
     )
-    class_names = read_labels(args.labels, data_set.num_classes) if args.labels else None
-    weights = find_weights(args)
+    check_classes(lists, names, data_set.num_classes)
     model = model_settings(args, data_set.num_classes, weights)
     if args.eval:
         check_tested(weights, model)
-    splits = ["test"] if args.eval else ["train", "val", "test"]
-    if args.disable_eval_during_finetuning and not args.eval:
-        splits.remove("val")
-    lists = read_splits(args.data_path, num_classes=data_set.num_classes, splits=splits, data_root=args.data_root)
     whole = None
     if args.label_fraction < 1 and not args.eval:
         whole, lists["train"] = len(lists["train"]), draw_fraction(lists["train"], args.label_fraction, args.seed)
-    return Settings(model, data_set, lists, whole, class_names, weights)
+    return Settings(model, data_set, lists, whole, names.names, weights)
+
+
+def read_lists(args: argparse.Namespace, weights: Weights | None) -> tuple[dict[str, VideoList], ClassNames]:
+    """The lists that the run needs, with numbers for labels, and the names of their classes."""
+    splits = ["test"] if args.eval else ["train", "val", "test"]
+    if args.disable_eval_during_finetuning and not args.eval:
+        splits.remove("val")
+    lists = read_splits(args.data_path, splits=splits, data_root=args.data_root)
+    trained = ClassNames(weights.class_names, str(weights.path)) if args.eval else ClassNames()
+    return lists, number_lists(lists, labels=args.labels, trained=trained)
 
 
 def find_weights(args: argparse.Namespace) -> Weights | None:
@@ -267,13 +276,6 @@ def build_augmentation(args: argparse.Namespace, num_classes: int) -> BatchAugme
     )
 
 
-def warn_of_empty_classes(args: argparse.Namespace, lists: dict[str, VideoList], console: Console) -> None:
-    """In a custom data set more classes than labels are more often a mistake than intended."""
-    found = len(np.unique(np.concatenate([videos.labels for videos in lists.values()])))
-    if args.data_set == "custom" and not args.eval and found < args.nb_classes:
-        console.warn_once(f"--nb_classes {args.nb_classes}, but the lists contain only {found} classes")
-
-
 def train(
     session: Session,
     settings: Settings,
@@ -288,6 +290,7 @@ def train(
         engine,
         loader.sampler,
         model_settings=settings.model,
+        class_names=settings.class_names,
         videos=loader.dataset.videos,
         num_read=sum(len(loaders[split].dataset) for split in ("train", "val") if split in loaders),
         save=args.save_ckpt,
@@ -325,7 +328,8 @@ def train_and_test(session: Session, settings: Settings) -> int:
     classes = f"{settings.data_set.num_classes} classes of {args.data_set}"
     classes += f", {len(engine.module.names)} probes" if isinstance(engine.module, ProbeGrid) else ""
     session.describe(engine, model=classes, videos=videos)
-    warn_of_empty_classes(args, settings.lists, console)
+    if args.data_set == "custom" and not args.eval:
+        warn_of_empty_classes(settings.lists, settings.data_set.num_classes, console.warn_once)
 
     augmentation = build_augmentation(args, settings.data_set.num_classes)
     if not args.eval:

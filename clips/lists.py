@@ -17,6 +17,7 @@ SUFFIXES = "mp4|webm|avi|mkv|mov|m4v|mpg|mpeg|wmv|flv|3gp"
 ENDS_AS_VIDEO = re.compile(rf"\.({SUFFIXES})$", re.IGNORECASE)
 GOES_ON_AFTER_VIDEO = re.compile(rf"\.({SUFFIXES})(?P<rest>[\s,].*)$", re.IGNORECASE)
 LABELLED = re.compile(r"(.*[^\s,])[\s,]+(-?[0-9]+)")  # a path, white space or a comma, an integer
+NAMED = re.compile(rf'("[^"]+"|(?!").*\.(?:{SUFFIXES}))[\s,]+(.+)', re.IGNORECASE)  # a path, ..., perhaps a class name
 NO_LABEL = -1
 SPLITS = ("train", "val", "test")
 
@@ -37,11 +38,24 @@ class VideoList(Sequence):
 
     Paths and labels are kept in flat buffers: touching the reference counts of a million Python strings would copy
     their pages into every worker process.
+
+    Attributes:
+        class_names: what the labels count, where the list names its classes: its own names, sorted, until
+            `ClassNames.number` has put those of the run in their place. () where it has integers.
     """
 
-    def __init__(self, *, list_path: str, root: str, paths: Sequence[str], labels: Sequence[int], lines: Sequence[int]):
+    def __init__(
+        self,
+        *,
+        list_path: str,
+        root: str,
+        paths: Sequence[str],
+        labels: Sequence[int],
+        lines: Sequence[int],
+        class_names: Sequence[str] = (),
+    ):
         encoded = [os.fsencode(path) for path in paths]
-        self.list_path, self.root = list_path, root
+        self.list_path, self.root, self.class_names = list_path, root, tuple(class_names)
         self.labels = np.array(labels, dtype=np.int64)  # NO_LABEL where there is none
         self.lines = np.array(lines, dtype=np.int64)  # the line of the file, from 1
         self._paths = b"".join(encoded)
@@ -68,14 +82,16 @@ class VideoList(Sequence):
 
 
 def read_list(list_path: str | Path, data_root: str | Path | None = None) -> VideoList:
-    """Reads a list of videos: one a line, `path label`, the label being optional.
+    """Reads a list of videos: one a line, `path label` or `path,class name`, the label being optional.
 
     - The label is the last field if that is an integer with something before it; white space of any kind and
       length, or a comma, separates the two. -1 means that the label is not known.
     - Everything before it is the path, which may hold spaces and commas. A path whose last word is an integer
       (`clip 3`) is written with its suffix (`clip 3.mp4`) or in double quotes.
     - A path without a dot in its last component gets ".mp4".
-    - A video name with anything but a label after it (`a.mp4 dancing`) is refused, unless in double quotes.
+    - Behind a path with the suffix of a video, or in double quotes, anything with a letter in it is the name of a
+      class (`a.mp4,level 2`), and so is anything in double quotes that is no integer. A list has either names or
+      integers.
     - Empty lines and lines that begin with # are skipped.
 
     Args:
@@ -104,18 +120,40 @@ def read_list(list_path: str | Path, data_root: str | Path | None = None) -> Vid
     if not rows:
         raise ListError(f"the list of videos {list_path} is empty: write one `path label` a line")
     paths, labels, numbers = zip(*rows)
-    return VideoList(list_path=str(list_path), root=str(root), paths=paths, labels=labels, lines=numbers)
+    names = sorted({label for label in labels if isinstance(label, str)})
+    if names:
+        labels = number_names(labels, names, numbers, list_path)
+    about = {"list_path": str(list_path), "root": str(root), "class_names": names}
+    return VideoList(paths=paths, labels=labels, lines=numbers, **about)
 
 
-def parse_line(line: str) -> tuple[str, int]:
-    """Parses one stripped line (see `read_list`) into a path with suffix and a label or NO_LABEL.
+def number_names(
+    labels: Sequence[int | str], names: list[str], lines: Sequence[int], list_path: str | Path
+) -> list[int]:
+    """Replaces class names by their places in `names`.
+
+    Raises:
+        ListError: an integer stands among them.
+    """
+    for label, line in zip(labels, lines, strict=True):
+        if isinstance(label, int) and label != NO_LABEL:
+            named = next(n for other, n in zip(labels, lines, strict=True) if isinstance(other, str))
+            raise ListError(
+                f"{list_path}, line {line}: the label {label}, where line {named} has a class name: write either "
+                "names or integers on every line"
+            )
+    place = {name: number for number, name in enumerate(names)}
+    return [place[label] if isinstance(label, str) else NO_LABEL for label in labels]
+
+
+def parse_line(line: str) -> tuple[str, int | str]:
+    """Parses one stripped line (see `read_list`) into a path with suffix and a label, class name or NO_LABEL.
 
     Raises:
         ValueError: the line is malformed.
     """
-    labelled = LABELLED.fullmatch(line)
-    path, label = (labelled[1], int(labelled[2])) if labelled else (line, NO_LABEL)
-    if label < NO_LABEL:
+    path, label = split_label(line)
+    if isinstance(label, int) and label < NO_LABEL:
         raise ValueError(f"the label {label} is negative; labels count from 0")
     if len(path) > 1 and path[0] == path[-1] == '"':
         path = path[1:-1]
@@ -124,6 +162,27 @@ def parse_line(line: str) -> tuple[str, int]:
     if not path.strip():
         raise ValueError("the path is empty")
     return (path if "." in os.path.basename(path) else path + ".mp4"), label
+
+
+def split_label(line: str) -> tuple[str, int | str]:
+    """Splits a stripped line into what stands for the path and the label, class name or NO_LABEL.
+
+    Raises:
+        ValueError: the class name is no UTF-8.
+    """
+    named = None if ENDS_AS_VIDEO.search(line) else NAMED.fullmatch(line)
+    if named:
+        path, text = named.groups()
+        quoted = len(text) > 2 and text[0] == text[-1] == '"'
+        name = text[1:-1].replace('""', '"').strip() if quoted else text  # as CSV files write them
+        if re.fullmatch("-?[0-9]+", name):
+            return path, int(name)
+        if name and (quoted or any(character.isalpha() for character in name)):
+            if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in name):
+                raise ValueError(f"the class name {name!a} is not UTF-8: save the list as UTF-8")
+            return path, name
+    labelled = LABELLED.fullmatch(line)
+    return (labelled[1], int(labelled[2])) if labelled else (line, NO_LABEL)
 
 
 def refuse_doubtful_path(path: str) -> None:
@@ -137,13 +196,13 @@ def refuse_doubtful_path(path: str) -> None:
     more = GOES_ON_AFTER_VIDEO.search(path)
     if more and not ENDS_AS_VIDEO.search(path):
         raise ValueError(
-            f'the video is followed by "{more["rest"].strip()}" instead of one integer label; '
+            f'the video is followed by "{more["rest"].strip()}" instead of one integer label or class name; '
             "if that belongs to the path, put the path in double quotes"
         )
     if "," in path and "." not in os.path.basename(path):
         raise ValueError(
-            f'"{path}" has a comma but no integer label after it; put # before a heading, '
-            "and double quotes around a path that has commas"
+            f'"{path}" has a comma but no integer label after it; put # before a heading, and double quotes around '
+            "a path that has commas, or that has no suffix and a class name after it"
         )
 
 
@@ -166,12 +225,12 @@ def find_videos(root: Path, *, skip: Path | None = None) -> list[PurePath]:
 
 
 def read_splits(
-    folder: str | Path, *, num_classes: int, splits: Sequence[str] = SPLITS, data_root: str | Path | None = None
+    folder: str | Path, *, splits: Sequence[str] = SPLITS, data_root: str | Path | None = None
 ) -> dict[str, VideoList]:
-    """Reads the labelled lists of a data set: train.csv, val.csv and test.csv, or those named by `splits`.
+    """Reads the lists of a data set: train.csv, val.csv and test.csv, or those named by `splits`.
 
     Raises:
-        ListError: the folder or a list is missing, or `read_list` or `check_labels` refuses one.
+        ListError: the folder or a list is missing, or `read_list` refuses one.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -183,10 +242,7 @@ def read_splits(
             f"{' and '.join(missing)} missing in the folder {folder} (--data_path); "
             "without a separate test set, test.csv is a copy of val.csv"
         )
-    lists = {split: read_list(folder / f"{split}.csv", data_root) for split in splits}
-    for videos in lists.values():
-        check_labels(videos, num_classes)
-    return lists
+    return {split: read_list(folder / f"{split}.csv", data_root) for split in splits}
 
 
 def draw_fraction(videos: VideoList, fraction: float, seed: int) -> VideoList:
@@ -201,45 +257,6 @@ def draw_fraction(videos: VideoList, fraction: float, seed: int) -> VideoList:
         order = np.random.default_rng([seed, label]).permutation(members)
         chosen.append(order[: max(1, round(fraction * len(members)))])
     return videos.subset(np.sort(np.concatenate(chosen)))
-
-
-def check_labels(videos: VideoList, num_classes: int) -> None:
-    """Checks that every video has a label below `num_classes`.
-
-    Raises:
-        ListError: names the first line at fault.
-    """
-    wrong = np.flatnonzero((videos.labels < 0) | (videos.labels >= num_classes))
-    if len(wrong) == 0:
-        return
-    label, where = videos.labels[wrong[0]], f"{videos.list_path}, line {videos.lines[wrong[0]]}"
-    if label == NO_LABEL:
-        raise ListError(
-            f"{where}: no label; fine-tuning needs `path label` on every line, 0 to {num_classes - 1} "
-            f"({(videos.labels == NO_LABEL).sum()} of {len(videos)} videos have none)"
-        )
-    raise ListError(
-        f"{where}: the label {label} is out of range: there are {num_classes} classes (--nb_classes), "
-        f"but the list has labels up to {videos.labels.max()}"
-    )
-
-
-def read_labels(path: str, num_classes: int) -> list[str]:
-    """Reads the names of the classes from a file, one a line from class 0 on.
-
-    Raises:
-        ListError: the file can't be read, or has more or fewer lines than `num_classes`.
-    """
-    try:
-        names = Path(path).read_text(encoding="utf-8").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ListError(f"--labels {path} can't be read: {error}") from error
-    if len(names) != num_classes:
-        raise ListError(
-            f"--labels {path} has {len(names)} lines and the model {num_classes} classes: "
-            "write one name a line, the first for class 0"
-        )
-    return [name.strip() for name in names]
 
 
 def check_readable(videos: VideoList, decoder: str = "auto", *, decode_timeout: float = 0, limit: int = 1000) -> str:

@@ -1,7 +1,7 @@
 """What both programs build alike from their shared flags."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -167,6 +167,7 @@ def build_run(
     model_settings: dict,
     videos: VideoList,
     num_read: int,
+    class_names: Sequence[str] = (),
     save: bool = True,
 ) -> TrainingRun:
     """Resumes a checkpoint if there is one, and builds what accompanies the training.
@@ -174,18 +175,19 @@ def build_run(
     Args:
         videos: of training.
         num_read: number of all videos that are read, of which some may be unreadable.
+        class_names: of a classifier, by number, where they are known; kept in every checkpoint.
         save: whether to write checkpoints.
     """
     args, world, console = session.args, session.world, session.console
-    neutral = session.flags.neutral
-    start = resume(engine, sampler, vars(args), neutral, model_settings=model_settings, world=world, console=console)
+    about = {"args": vars(args), "model_settings": model_settings, "class_names": list(class_names)}
+    start = resume(engine, sampler, about, session.flags.neutral, world=world, console=console)
     shared = {"engine": engine, "sampler": sampler, "world": world, "console": console}
     votes = Votes(timeout=1.5 * args.dist_timeout)  # longer than the watchdog's limit, which reports more
     session.to_close.callback(votes.close)
     checkpoints = Checkpoints(
         **shared,
         output_dir=args.output_dir if save else "",
-        about={"args": vars(args), "model_settings": model_settings},
+        about=about,
         minutes=args.save_ckpt_minutes,
         keep=args.keep_ckpts,
         signals=session.signals,

@@ -1,6 +1,7 @@
 """Which checkpoint a run resumes, and at which batch of which epoch it continues."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,31 +24,26 @@ class Start(NamedTuple):
 
 
 def resume(
-    engine: Engine,
-    sampler: EpochSampler,
-    flags: dict,
-    neutral: Collection[str],
-    *,
-    model_settings: dict,
-    world: World,
-    console: Console,
+    engine: Engine, sampler: EpochSampler, about: dict, neutral: Collection[str], *, world: World, console: Console
 ) -> Start:
     """Loads the checkpoint to resume into the engine, if there is one.
 
     Args:
-        flags: the run's, by name: which checkpoint to look for, and what to compare with the checkpoint's.
+        about: what the run's own checkpoints say of it (`Checkpoints`): its flags, which tell the checkpoint to look
+            for, its model settings and class names.
         neutral: flags that change nothing that is computed, so that a change needs no mention.
 
     Raises:
-        CheckpointError: it can't be read, is of a model with other settings or of other labels, or ranks find
+        CheckpointError: it can't be read, is of a model with other settings, of other labels or classes, or ranks find
             different ones.
     """
+    flags = about["args"]
     found = find_checkpoint(flags, console)
     if found is None:
         start, lines = Start(flags["start_epoch"], 0, {}), []
     else:
         check_same_labels(found[0], flags_of(found[1]), flags)
-        start, lines = load(engine, sampler, *found, model_settings)
+        start, lines = load(engine, sampler, *found, about)
         lines += changes(found[1], flags, neutral)
     check_same_start(start, flags["output_dir"], world)
     if found is not None:
@@ -68,15 +64,14 @@ def find_checkpoint(flags: dict, console: Console) -> tuple[Path, dict] | None:
     return found  # with --resume FILE: this command resumed it before, and has written its own since
 
 
-def load(
-    engine: Engine, sampler: EpochSampler, path: Path, state: dict, model_settings: dict
-) -> tuple[Start, list[str]]:
+def load(engine: Engine, sampler: EpochSampler, path: Path, state: dict, about: dict) -> tuple[Start, list[str]]:
     """Loads a checkpoint's content into the engine; returns where training starts, and what to say about it.
 
     Raises:
         CheckpointError: it is of another model, another optimiser, or no checkpoint of a training run.
     """
-    check_resumable(path, state.get("model_settings", {}), model_settings)
+    check_same_classes(path, state.get("class_names") or [], about["class_names"])
+    check_resumable(path, state.get("model_settings", {}), about["model_settings"])
     try:
         engine.load_state_dict(state)
         epoch, done = state["epoch"] + 1, state.get("batch", 0)
@@ -126,6 +121,22 @@ def check_same_labels(path: Path, old: dict, new: dict) -> None:
     drawn = [{"label_fraction": f.get("label_fraction", 1.0), "seed": f.get("seed")} for f in (old, new)]
     if any(flags["label_fraction"] < 1 for flags in drawn):
         check_resumable(path, *drawn)
+
+
+def check_same_classes(path: Path, old: Sequence[str], new: Sequence[str]) -> None:
+    """Checks that the classes of a checkpoint and of this run have the same names, where both have names.
+
+    Raises:
+        CheckpointError: names the first class that differs.
+    """
+    for number, names in enumerate(zip_longest(old, new) if old and new else ()):
+        if names[0] != names[1]:
+            was, now = (f'"{name}"' if name is not None else "missing" for name in names)
+            raise CheckpointError(
+                f"{path} was made with {len(old)} class names, of which class {number} is {was}, and this run has "
+                f"{len(new)}, where it is {now}: use the same training list or --labels, another --output_dir, or "
+                "--no_auto_resume"
+            )
 
 
 def layout_of(sampler: EpochSampler) -> dict[str, int]:

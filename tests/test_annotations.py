@@ -190,7 +190,7 @@ def test_written_lists_are_read_as_they_were_meant(tmp_path):
     touch(tmp_path, "a b/1.mp4", "#c/2 3.mp4")
     listed = [(PurePath("a b/1.mp4"), 0), (PurePath("#c/2 3.mp4"), 1)]
     write_lists(tmp_path, Found({"train": listed, "val": listed[:1], "test": listed[1:]}, [], []), ["x y", "z"])
-    splits = read_splits(tmp_path, num_classes=2)
+    splits = read_splits(tmp_path)
     assert [tuple(splits["train"][k]) for k in range(2)] == [(str(tmp_path / path), label) for path, label in listed]
     assert splits["test"].labels.tolist() == [1]
     assert (tmp_path / "labels.txt").read_text() == "x y\nz\n"

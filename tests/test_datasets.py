@@ -89,6 +89,17 @@ def keep(clip, rng):
         ("a.mp4.d/clip 1", ("a.mp4.d/clip.mp4", 1)),
         ("clip ３", ("clip ３.mp4", -1)),  # a full-width digit is no label
         ("/data/a.MP4 3", ("/data/a.MP4", 3)),
+        ("a.mp4,dancing", ("a.mp4", "dancing")),
+        ("a.mp4 dancing", ("a.mp4", "dancing")),
+        ("my clips/take 2.webm,  salsa, slow", ("my clips/take 2.webm", "salsa, slow")),
+        ("a.mp4,level 2", ("a.mp4", "level 2")),
+        ("a.mp4 copy.mp4 tango", ("a.mp4 copy.mp4", "tango")),
+        ('a.mp4,"say ""hi"", 3.0"', ("a.mp4", 'say "hi", 3.0')),
+        ('a.mp4,"3.0"', ("a.mp4", "3.0")),
+        ('"a.mp4","3"', ("a.mp4", 3)),
+        ('"take, 2",walzer', ("take, 2.mp4", "walzer")),
+        ('"a.mp4 and b"', ("a.mp4 and b", -1)),
+        ("a.mp4,跳舞", ("a.mp4", "跳舞")),
     ],
 )
 def test_a_line_is_a_path_and_perhaps_a_label(line, expected):
@@ -98,7 +109,8 @@ def test_a_line_is_a_path_and_perhaps_a_label(line, expected):
 @pytest.mark.parametrize(
     "line, complaint",
     [
-        ("a.mp4 dancing", "dancing"),
+        ("a.mp4,dan\0cing", "not UTF-8"),
+        ("take,dancing", "no suffix and a class name"),
         ("a.mp4 3.0", "3.0"),
         ("a.mp4 300 4", '"300"'),  # path, number of frames, label
         ("a.mp4 -2", "negative"),

@@ -9,9 +9,10 @@ from golden import needs_golden
 from videos import read_numbers, write_list, write_video, write_videos
 
 import datasets
+from clips.class_names import check_labels
 from clips.finetune_transforms import build_finetune_transform
 from clips.frame_indices import dense_views, segment_views
-from clips.lists import ListError, check_labels, read_list, read_splits
+from clips.lists import ListError, read_list, read_splits
 from clips.transforms import EvenCrops
 from datasets import DATA_SETS, FRAME_RULES, ClipSettings, EvalDataset, TrainDataset, resolve_data_set
 from loaders import LoadSettings, build_finetuning_loaders, evaluation_share
@@ -156,23 +157,21 @@ def test_a_missing_label_names_its_line(tmp_path):
 
 
 def test_the_lists_of_a_folder_are_read_and_checked(folder, tmp_path):
-    splits = read_splits(folder, num_classes=3)
+    splits = read_splits(folder)
     assert list(splits) == ["train", "val", "test"]
     assert all(len(videos) == 7 for videos in splits.values())
-    assert list(read_splits(folder, num_classes=3, splits=("test",))) == ["test"]
-    assert read_splits(folder, num_classes=3, data_root=tmp_path)["val"].root == str(tmp_path)
-    with pytest.raises(ListError, match=r"train\.csv, line 3.*2 classes.*up to 2"):
-        read_splits(folder, num_classes=2)
+    assert list(read_splits(folder, splits=("test",))) == ["test"]
+    assert read_splits(folder, data_root=tmp_path)["val"].root == str(tmp_path)
 
 
 def test_a_missing_folder_or_list_is_named(folder, tmp_path):
     with pytest.raises(ListError, match=r"nowhere does not exist.*--data_path"):
-        read_splits(tmp_path / "nowhere", num_classes=3)
+        read_splits(tmp_path / "nowhere")
     with pytest.raises(ListError, match=r"train\.csv is a file.*--data_path.*folder"):
-        read_splits(folder / "train.csv", num_classes=3)
+        read_splits(folder / "train.csv")
     write_list(tmp_path / "train.csv", "a.mp4 0")
     with pytest.raises(ListError, match=r"^val\.csv and test\.csv missing in the folder .*copy of val"):
-        read_splits(tmp_path, num_classes=3)
+        read_splits(tmp_path)
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -324,7 +323,7 @@ def test_ranks_see_every_video_once_whatever_the_remainder(num_videos, world_siz
 
 
 def test_a_training_batch_has_a_label_for_each_clip(folder):
-    train = loaders(read_splits(folder, num_classes=3), num_sample=2)["train"]
+    train = loaders(read_splits(folder), num_sample=2)["train"]
     batches = list(train)
     assert len(batches) == len(train) == 3
     for batch in batches:
@@ -335,7 +334,7 @@ def test_a_training_batch_has_a_label_for_each_clip(folder):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_validation_and_test_batches(folder, num_workers):
-    splits = read_splits(folder, num_classes=3, splits=("val", "test"))
+    splits = read_splits(folder, splits=("val", "test"))
     built = loaders(splits, num_workers=num_workers, batch_size=8)
     val, test = list(built["val"]), list(built["test"])
     assert [len(b["index"]) for b in val] == [7]  # up to 12 clips
@@ -361,7 +360,7 @@ def test_batches_of_a_test_report_what_could_not_be_read(mixed):
 
 
 def test_ranks_test_every_video_once_with_the_same_pixels(folder):
-    splits = read_splits(folder, num_classes=3, splits=("test",))
+    splits = read_splits(folder, splits=("test",))
 
     def by_video(ranks):
         found = []
@@ -375,7 +374,7 @@ def test_ranks_test_every_video_once_with_the_same_pixels(folder):
 
 
 def test_only_the_loaders_asked_for_are_built_and_settings_are_checked(folder):
-    splits = read_splits(folder, num_classes=3)
+    splits = read_splits(folder)
     assert list(loaders({"test": splits["test"]})) == ["test"]
     with pytest.raises(ValueError, match=r"--short_side_size 12 .* --input_size 16"):
         loaders({"val": splits["val"]}, short_side=12)

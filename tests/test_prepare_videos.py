@@ -365,7 +365,7 @@ def test_a_data_set_is_made_and_listed_in_one_go_and_missing_videos_are_named(tm
     which = ("--output", out, "--data_set", "UCF101", "--annotations", tmp_path / "labels")
     done = prepare("--input", tmp_path / "raw", *which, *SMALL)
     assert done.returncode == 0, done.stderr
-    splits = read_splits(out, num_classes=2)
+    splits = read_splits(out)
     assert [tuple(r) for r in splits["train"]] == [(f"{out}/Archery/v_1.mp4", 0)]
     assert [tuple(r) for r in splits["val"]] == [(f"{out}/Bowling/v_3.mp4", 1)]
     assert (out / "test.csv").read_text() == (out / "val.csv").read_text()

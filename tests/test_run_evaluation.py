@@ -326,7 +326,7 @@ def test_wrong_settings_are_one_line_before_anything_is_built(data, flags, words
 
 def test_labels_are_counted_before_training(data, tmp_path):
     (tmp_path / "labels.txt").write_text("one\ntwo\n")
-    assert_refused(run(data, "", "--labels", tmp_path / "labels.txt"), "2 lines", "3 classes")
+    assert_refused(run(data, "", "--labels", tmp_path / "labels.txt"), "2 class names", "3 classes")
     (tmp_path / "labels.txt").write_text("one\ntwo\nthree\n")
     path = write(tmp_path / "file.pth")
     done = run(data, tmp_path / "out", "--eval", "--finetune", path, "--labels", tmp_path / "labels.txt")
@@ -336,7 +336,7 @@ def test_labels_are_counted_before_training(data, tmp_path):
 
 def test_more_classes_than_labels_are_a_warning(data):
     done = run(data, "", "--nb_classes", "7", "--disable_eval_during_finetuning")
-    assert done.returncode == 0 and "--nb_classes 7" in done.stderr and "3 classes" in done.stderr
+    assert done.returncode == 0 and "7 classes" in done.stderr and "3 classes" in done.stderr
 
 
 def test_learned_positions_start_from_a_checkpoint_with_fixed_ones(data, pretrained, tmp_path):

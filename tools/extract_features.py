@@ -17,6 +17,8 @@ kept of each of the W clips:
 AdaMAE and VideoMAE normalise tokens in pre-training, but their mean in a classifier. For their pre-training
 checkpoints the final norm is therefore a new one: it standardises the mean, without weights.
 
+The names of a classifier's classes, where its checkpoint has them, are written to class_names.txt in --output.
+
 Each video gets a file below --output, named after its path below the folder that all arguments share. A
 safetensors file holds `features` and `frames`, the frames (W,T) int64 in each clip, with the settings as JSON in
 the metadata `about`. For an `.npy` file the settings and frames are in a `.json` beside it.
@@ -54,6 +56,7 @@ from tools.inference.trained import (
 )
 from tools.inference.windows import Unreadable, Windows, collate
 from tools.preparing.planning import target_names
+from utils import whole_file
 
 POOLS = ("mean", "frame", "tokens")
 
@@ -122,6 +125,9 @@ def run(args: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)
     trained = load_trained(args, lambda text: print(text, file=sys.stderr), headless=True)
     settings = settings_of(args, trained)
+    if trained.class_names:
+        with whole_file(output / "class_names.txt", "w") as file:
+            file.writelines(f"{name}\n" for name in trained.class_names)
     todo = []
     for (path, name), file in zip(videos.items(), target_names(list(videos.values()), args.format), strict=True):
         about = {"video": name.as_posix(), **settings}

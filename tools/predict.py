@@ -1,6 +1,6 @@
 """Predicts the classes of videos with a fine-tuned model.
 
-    python tools/predict.py --model output/checkpoint-best.pth video.mp4 --labels labels.txt
+    python tools/predict.py --model output/checkpoint-best.pth video.mp4
     python tools/predict.py --model output/checkpoint-best.pth folder --json predictions.json
 
 Works with classifiers and probes of this repository and of the published AdaMAE, VideoMAE and MAE-ST code. The
@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
-from clips.lists import NO_LABEL, VideoList, read_labels
+from clips.class_names import read_labels
+from clips.lists import NO_LABEL, VideoList
 from datasets import ClipSettings, EvalDataset
 from evaluation import fuse_views
 from loaders import LoadSettings, build_evaluation_loader
@@ -97,7 +98,7 @@ def predict(args: argparse.Namespace) -> int:
     paths = list(find_videos(args.videos))
     trained = load_trained(args, lambda text: print(text, file=sys.stderr), headless=False)
     clips, num_classes = trained.clips, trained.model.head.out_features
-    names = read_labels(args.labels, num_classes) if args.labels else trained.class_names
+    names = read_labels(args.labels, num_classes).names if args.labels else trained.class_names
     print(f"{len(paths)} videos x {clips.segments} x {clips.crops} views", file=sys.stderr)
     loader = build_loader(
         trained, paths, batch_size=args.batch_size, decoder=args.decoder, num_workers=args.num_workers

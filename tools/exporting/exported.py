@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from clips.lists import read_labels
+from clips.class_names import read_labels
 from modeling_pretrain import PretrainVisionTransformer
 from probes import Probe
 from runs.checkpoints import CheckpointError
@@ -61,7 +61,7 @@ def read_model(path: str, *, model_key: str, labels: str | None) -> Exported:
     model = load_classifier(found, report=lambda text: print(text, file=sys.stderr))
     settings = classifier_settings(found)
     if labels:
-        found = replace(found, class_names=tuple(read_labels(labels, model.head.out_features)))
+        found = replace(found, class_names=read_labels(labels, model.head.out_features).names)
     if isinstance(model, Probe) and not model.pools:
         model, settings = without_probe(model), {k: v for k, v in settings.items() if k != "probe"}
     return Exported(found, model, settings, training)

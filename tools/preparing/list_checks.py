@@ -46,7 +46,7 @@ def check_lines(file: Path, data_root: Path | None, num_classes: int | None) -> 
                 lines.append(Line(str(file), number, "", str(error)))
                 continue
             wrong = None
-            if num_classes is not None and not 0 <= label < num_classes:
+            if num_classes is not None and isinstance(label, int) and not 0 <= label < num_classes:
                 shown = "no label" if label == NO_LABEL else f"the label {label}"
                 wrong = f"{shown}, not one from 0 to {num_classes - 1}"
             lines.append(Line(str(file), number, os.path.join(root, path), wrong))

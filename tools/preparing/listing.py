@@ -21,7 +21,7 @@ SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "
 class Found(NamedTuple):
     """Which videos of a data set are on disk."""
 
-    listed: dict[str, list[tuple[PurePath, int]]]  # (path, label) of the videos found, by split
+    listed: dict[str, list[tuple[PurePath, int | str]]]  # (path, label or class name) of the videos found, by split
     missing: list[tuple[str, str]]  # (split, name) of the others
     doubtful: list[tuple[str, str]]  # (split, name) of those found more than once; the first one is listed
 
@@ -62,7 +62,8 @@ def match_list(file: Path, output: Path, data_root: Path | None) -> Found:
     for video, label in zip(videos, videos.labels.tolist(), strict=True):
         source = os.path.abspath(video.path)
         if (output / names[source]).exists():
-            found.listed[split].append((names[source], label))
+            named = videos.class_names and label != NO_LABEL
+            found.listed[split].append((names[source], videos.class_names[label] if named else label))
         else:
             found.missing.append((split, source))
     return found
@@ -117,14 +118,17 @@ def write_lists(folder: Path, found: Found, classes: list[str] | None) -> None:
                 file.writelines(f"{line}\n" for line in lines)
 
 
-def format_line(path: PurePath, label: int) -> str:
-    """A line that `parse_line` reads as this path and label, with quotes around the path if it needs them.
+def format_line(path: PurePath, label: int | str) -> str:
+    """A line that `parse_line` reads as this path and label, with quotes around what needs them.
 
     Raises:
         AnnotationError: no line can hold this path.
     """
-    number = "" if label == NO_LABEL else f" {label}"
-    for line in (f"{path.as_posix()}{number}", f'"{path.as_posix()}"{number}'):
+    after = "" if label == NO_LABEL else f" {label}"
+    if isinstance(label, str):
+        doubled = label.replace('"', '""')
+        after = f',"{doubled}"'
+    for line in (f"{path.as_posix()}{after}", f'"{path.as_posix()}"{after}'):
         try:
             whole = line == line.strip() and len(line.splitlines()) == 1 and not line.startswith("#")
             if whole and parse_line(line) == (path.as_posix(), label):
