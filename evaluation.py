@@ -3,28 +3,27 @@
 import csv
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from augment import Colours, normalize, to_pixels
 from clips.lists import VideoList
 from engine_for_finetuning import until_stopped
+from pictures.plots import confused_pairs, confusions, to_picture
 from runs.console import Console
 from runs.engine import Engine
 from runs.faults import TrainingDiverged
+from runs.logs import RunLog
 from runs.processes import wait_for_all
 from runs.signals import SAVED, Stopped, StopSignals
 from utils import CSV_TEXT, World, gather_from_ranks, sum_over_ranks, whole_file
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 FUSIONS = ("softmax", "logits")
 
@@ -45,21 +44,23 @@ def test(
     loader: DataLoader,
     *,
     tested: str,
-    class_names: list[str] | None,
+    class_names: Sequence[str],
     fusion: str,
     skip_unreadable: bool,
     output_dir: str,
     signals: StopSignals,
     world: World,
+    log: RunLog,
     **scoring,
 ) -> int:
     """The multi-view test of the engine's weights; writes test.json and the files of `write_results`.
 
     Args:
         tested: name of the weights, for messages and test.json.
-        class_names: of the confusion matrix; None numbers the classes.
+        class_names: of the files and pictures; () numbers the classes.
         fusion: which of `FUSIONS` decides; the accuracies of all are reported.
         output_dir: folder of the files; '' writes none.
+        log: gets the numbers and the confusion picture too.
         scoring: further arguments of `score_views`.
 
     Returns:
@@ -82,11 +83,17 @@ def test(
     found = every[fusion] | {f"{top}_{name}": every[name][top] for name in FUSIONS for top in ("top1", "top5")}
     if world.is_main:
         console.say("  ".join(f"{name} {value:.2f}" for name, value in found.items()))
+        confusion, names = confusion_matrix(scores), class_names or numbers(scores)
+        say_most_confused(console, confusion, names)
+        picture = to_picture(confusions(confusion, names))
+        log.results(found, picture)
         if output_dir:
-            summary = {"tested": tested, "view_fusion": fusion, **found}
-            with whole_file(Path(output_dir) / "test.json", "w") as file:
-                file.write(json.dumps(summary, indent=1) + "\n")
-            write_results(Path(output_dir), scores, videos, class_names)
+            folder = Path(output_dir)
+            write_results(folder, scores, videos, class_names, skip_unreadable=skip_unreadable)
+            with whole_file(folder / "confusion.png") as file:
+                Image.fromarray(picture).save(file, "png")
+            with whole_file(folder / "test.json", "w") as file:
+                file.write(json.dumps({"tested": tested, "view_fusion": fusion, **found}, indent=1) + "\n")
         for _, path, reason in scores.bad:
             print(f"unreadable test video: {path}: {reason}", file=sys.stderr)
     return 1 if scores.bad and not skip_unreadable else 0
@@ -183,10 +190,8 @@ def accuracies(scores: Scores, labels: np.ndarray, *, skip_unreadable: bool = Fa
     n, num_classes = scores.fused.shape
     order = np.argsort(-scores.fused, axis=1, kind="stable")[:, : min(5, num_classes)]
     hit = (order == scores.label[:, None]) & is_finite(scores)[:, None]
-    missed = np.array([] if skip_unreadable else [index for index, _, _ in scores.bad], np.int64)
-    sizes = np.bincount(np.concatenate([scores.label, labels[missed]]), minlength=num_classes)
-    right = np.bincount(scores.label[hit[:, 0]], minlength=num_classes)
-    videos, views = max(1, n + len(missed)), max(1, n * scores.num_views)
+    sizes, right = class_counts(scores, labels, skip_unreadable=skip_unreadable)
+    videos, views = max(1, int(sizes.sum())), max(1, n * scores.num_views)
     return {
         "top1": 100 * float(hit[:, 0].sum()) / videos,
         "top5": 100 * float(hit.any(1).sum()) / videos,
@@ -199,6 +204,18 @@ def accuracies(scores: Scores, labels: np.ndarray, *, skip_unreadable: bool = Fa
     }
 
 
+def class_counts(scores: Scores, labels: np.ndarray, *, skip_unreadable: bool) -> tuple[np.ndarray, np.ndarray]:
+    """How many videos each class has, and how many of them are right in their top 1: int64 (K,) each.
+
+    What counts is said in `accuracies`.
+    """
+    num_classes = scores.fused.shape[1]
+    missed = np.array([] if skip_unreadable else [index for index, _, _ in scores.bad], np.int64)
+    sizes = np.bincount(np.concatenate([scores.label, labels[missed]]), minlength=num_classes)
+    hit = (scores.fused.argmax(1) == scores.label) & is_finite(scores)
+    return sizes, np.bincount(scores.label[hit], minlength=num_classes)
+
+
 def confusion_matrix(scores: Scores) -> np.ndarray:
     """int64 (K,K): row the true class, column the predicted one, of the videos with finite scores."""
     num_classes, finite = scores.fused.shape[1], is_finite(scores)
@@ -206,49 +223,63 @@ def confusion_matrix(scores: Scores) -> np.ndarray:
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
+def numbers(scores: Scores) -> list[str]:
+    """What the classes are called that have no names."""
+    return [str(k) for k in range(scores.fused.shape[1])]
+
+
+def say_most_confused(console: Console, confusion: np.ndarray, names: Sequence[str]) -> None:
+    for true, predicted, videos, share in confused_pairs(confusion)[:PAIRS_SHOWN]:
+        console.say(f"{names[true]} taken for {names[predicted]}: {videos} videos, {share:.0%} of the class")
+
+
 TOP = ("class_", "score_")  # columns of predictions.csv for each of the best classes
+PAIRS_SHOWN = 5  # on the console
 
 
-def write_results(folder: Path, scores: Scores, videos: VideoList, class_names: list[str] | None = None) -> None:
-    """Writes predictions.csv, scores.npz, confusion.csv, confusion.png, and unreadable.csv if there are any."""
+def write_results(
+    folder: Path, scores: Scores, videos: VideoList, class_names: Sequence[str] = (), *, skip_unreadable: bool = False
+) -> None:
+    """Writes predictions.csv, scores.npz, the files of `write_classes`, and unreadable.csv if there are any."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = class_names or [str(k) for k in range(scores.fused.shape[1])]
     paths = [videos[i].path for i in scores.index.tolist()]
     order = np.argsort(-scores.fused, axis=1, kind="stable")[:, :5]
-    with whole_file(folder / "predictions.csv", "w", **CSV_TEXT) as file:
-        table = csv.writer(file)
-        table.writerow(["video", "label", *(f"{what}{k + 1}" for k in range(order.shape[1]) for what in TOP)])
-        for path, label, best, row in zip(paths, scores.label.tolist(), order, scores.fused, strict=True):
-            table.writerow([path, label, *(x for k in best for x in (k, f"{row[k]:.6g}"))])
+    header = ["video", "label", *(f"{what}{k + 1}" for k in range(order.shape[1]) for what in TOP)]
+    rows = []
+    for path, label, best, row in zip(paths, scores.label.tolist(), order.tolist(), scores.fused, strict=True):
+        named = [class_names[k] for k in (label, best[0])] if class_names else []
+        rows.append([path, label, *(x for k in best for x in (k, f"{row[k]:.6g}")), *named])
+    write_csv(folder / "predictions.csv", header + ["true", "predicted"] * bool(class_names), rows)
     with whole_file(folder / "scores.npz") as file:
         np.savez(file, videos=np.array(paths), labels=scores.label, scores=scores.fused)
-    confusion = confusion_matrix(scores)
-    with whole_file(folder / "confusion.csv", "w", **CSV_TEXT) as file:
-        table = csv.writer(file)
-        table.writerow(["true \\ predicted", *names])
-        table.writerows([name, *row] for name, row in zip(names, confusion.tolist(), strict=True))
-    draw_confusion(confusion, names, folder / "confusion.png")
+    sizes, right = class_counts(scores, videos.labels, skip_unreadable=skip_unreadable)
+    write_classes(folder, confusion_matrix(scores), sizes, right, class_names or numbers(scores))
     if scores.bad:
-        with whole_file(folder / "unreadable.csv", "w", **CSV_TEXT) as file:
-            csv.writer(file).writerows([("video", "reason"), *(entry[1:] for entry in scores.bad)])
+        write_csv(folder / "unreadable.csv", ["video", "reason"], [entry[1:] for entry in scores.bad])
 
 
-def draw_confusion(confusion: np.ndarray, names: list[str], path: Path) -> None:
-    """Draws the confusion matrix, each row in shares of its class, with numbers where they fit."""
-    shares = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
-    small = len(names) <= 25
-    side = 2 + 0.45 * len(names) if small else 9
-    figure, axes = plt.subplots(figsize=(side + 0.6, side), layout="constrained")
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set(xlabel="predicted", ylabel="true")
-    if small:
-        axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
-        axes.set_yticks(range(len(names)), names)
-        for (row, column), share in np.ndenumerate(shares):
-            if share > 0:
-                colour = "white" if share > 0.5 else "black"
-                axes.text(column, row, f"{share:.0%}"[:-1], ha="center", va="center", color=colour, size=8)
-    figure.colorbar(image, label="share of the true class", shrink=0.8)
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=110)
-    plt.close(figure)
+def write_classes(
+    folder: Path, confusion: np.ndarray, sizes: np.ndarray, right: np.ndarray, names: Sequence[str]
+) -> None:
+    """Writes confusion.csv, confused_pairs.csv and classes.csv.
+
+    Args:
+        confusion: int64 (K,K), see `confusion_matrix`.
+        sizes, right: int64 (K,), see `class_counts`.
+    """
+    table = [[name, *row] for name, row in zip(names, confusion.tolist(), strict=True)]
+    write_csv(folder / "confusion.csv", ["true \\ predicted", *names], table)
+    pairs = confused_pairs(confusion)
+    table = [[names[true], names[predicted], videos, f"{share:.4f}"] for true, predicted, videos, share in pairs]
+    write_csv(folder / "confused_pairs.csv", ["true", "predicted", "videos", "share"], table)
+    wrong = {pair.true: names[pair.predicted] for pair in reversed(pairs)}  # the first pair of a class stays
+    table = [
+        [name, size, hits, f"{100 * hits / size:.2f}" if size else "", wrong.get(k, "")]
+        for k, (name, size, hits) in enumerate(zip(names, sizes.tolist(), right.tolist(), strict=True))
+    ]
+    write_csv(folder / "classes.csv", ["class", "videos", "correct", "accuracy", "most_common_wrong"], table)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence]) -> None:
+    with whole_file(path, "w", **CSV_TEXT) as file:
+        csv.writer(file).writerows([header, *rows])

@@ -350,6 +350,7 @@ def train_and_test(session: Session, settings: Settings) -> int:
         output_dir=args.output_dir,
         signals=session.signals,
         world=world,
+        log=session.log,
     )
 
 

@@ -1,1 +1,1 @@
-"""What a pre-training model does with a clip, as pictures."""
+"""What a pre-training model does with a clip, as pictures; plots of a run and its test."""

@@ -21,6 +21,7 @@ from runs.faults import Faults
 from runs.flags import Flags
 from runs.logs import RunLog
 from runs.processes import start_world
+from runs.reporters import open_reporters
 from runs.resuming import resume
 from runs.saving import Checkpoints
 from runs.signals import StopSignals, Votes
@@ -123,8 +124,11 @@ def open_session(
         itp=args.dist_on_itp,
         dist_timeout=args.dist_timeout,
     )
-    console, log_dir = Console(total_steps=0, show=world.is_main), args.log_dir or args.output_dir
-    log = RunLog(output_dir=args.output_dir, log_dir=log_dir, show=world.is_main, warn=console.warn)
+    console, log = Console(total_steps=0, show=world.is_main), RunLog(output_dir="")
+    if world.is_main:
+        folders = {"output_dir": args.output_dir, "log_dir": args.log_dir or args.output_dir}
+        reporters = open_reporters(args.report_to, **folders, resumes=args.auto_resume)
+        log = RunLog(output_dir=args.output_dir, reporters=reporters, warn=console.warn)
     to_close.callback(log.close)
     workers = usable_workers(most_workers) if args.num_workers is None else args.num_workers
     return Session(args, flags, world, console, log, signals, workers, to_close)
@@ -180,6 +184,7 @@ def build_run(
     """
     args, world, console = session.args, session.world, session.console
     about = {"args": vars(args), "model_settings": model_settings, "class_names": list(class_names)}
+    session.log.settings(vars(args))
     start = resume(engine, sampler, about, session.flags.neutral, world=world, console=console)
     shared = {"engine": engine, "sampler": sampler, "world": world, "console": console}
     votes = Votes(timeout=1.5 * args.dist_timeout)  # longer than the watchdog's limit, which reports more

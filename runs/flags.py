@@ -7,6 +7,7 @@ from tempfile import TemporaryFile
 from typing import NamedTuple
 
 from clips.decoders import DECODERS, resolve_decoder
+from runs.reporters import REPORTERS, import_wandb
 from utils import SettingError
 
 
@@ -157,8 +158,10 @@ def common_parser(program: str, description: str) -> Flags:
 
     add = parser.group("output")
     add("--output_dir", default="", neutral=True,
-        help="checkpoints, log.txt and pictures (default: write nothing)")
+        help="checkpoints, log.txt, args.json and pictures (default: write nothing)")
     add("--log_dir", default=None, neutral=True, help="TensorBoard (default: --output_dir)")
+    add("--report_to", default=["tensorboard"], nargs="*", choices=REPORTERS, neutral=True,
+        help="who shows curves and pictures; wandb: Weights & Biases, set by its environment variables")
     add("--log_freq", default=20, type=int, valid=AT_LEAST_ONE, neutral=True,
         help="optimiser steps between log lines")
 
@@ -190,3 +193,5 @@ def check_common(args: argparse.Namespace) -> None:
         except OSError as error:
             raise SettingError(f"--output_dir {args.output_dir} can't be written to: {error}") from error
     resolve_decoder(args.decoder)
+    if "wandb" in args.report_to:
+        import_wandb()

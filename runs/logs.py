@@ -1,70 +1,99 @@
-"""The log of a run: log.txt and TensorBoard."""
+"""The log of a run: args.json, log.txt, curves.png, pictures, and what --report_to names."""
 
 import json
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 
+from pictures.plots import curves, read_epochs, to_picture
+from runs.reporters import Reporter
 from utils import whole_file
+
+DRAW_EVERY = 5.0  # seconds; epochs may be shorter
 
 
 class RunLog:
-    """log.txt (one JSON object per epoch) in `output_dir`, TensorBoard in `log_dir`; '' switches either off.
+    """Files in `output_dir` ('': none), and entries to `reporters`; the loops call its verbs, wherever they go.
 
-    A full or failing disk loses entries but does not end the run: `warn` is called once, until writing works again.
+    curves.png is drawn after an epoch, unless that was done in the last `DRAW_EVERY` seconds, and at the end. What
+    fails loses entries but does not end the run: `warn` is called once, until writing works again.
     """
 
     def __init__(
-        self, *, output_dir: str, log_dir: str, show: bool = True, warn: Callable[[str], None] = warnings.warn
+        self, *, output_dir: str, reporters: Sequence[Reporter] = (), warn: Callable[[str], None] = warnings.warn
     ):
-        self.output_dir = Path(output_dir) if output_dir and show else None
-        self.log_dir = log_dir if show else ""
-        self.writer: SummaryWriter | None = None
-        self.warn, self.failing = warn, set()
+        self.output_dir = Path(output_dir) if output_dir else None
+        self.reporters, self.warn, self.failing = reporters, warn, set()
+        self.step = 0  # the last one reported
+        self.drawn_at, self.undrawn = time.monotonic(), False
+
+    def settings(self, values: dict) -> None:
+        """Writes the settings of a run, by flag, to args.json and the reporters."""
+        if self.output_dir is not None:
+            file = self.output_dir / "args.json"
+            with self._without_failing(file), whole_file(file, "w") as stream:
+                stream.write(json.dumps(values, indent=1) + "\n")
+        self._report(lambda reporter: reporter.settings(values))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._write_events(partial(SummaryWriter.add_scalar, tag=name, scalar_value=value, global_step=step))
+        self.step = step
+        self._report(lambda reporter: reporter.scalars(step, values))
 
     def picture(self, epoch: int, picture: np.ndarray) -> None:
-        """Writes a picture (H,W,3) uint8 to TensorBoard and to pictures/epoch-<epoch>.png."""
-        self._write_events(lambda writer: writer.add_image("clips", picture, epoch + 1, dataformats="HWC"))
+        """Writes a picture (H,W,3) uint8 to the reporters and to pictures/epoch-<epoch>.png."""
+        self._report(lambda reporter: reporter.picture(epoch + 1, "clips", picture))
         if self.output_dir is not None:
-            with self._unless_disk_fails(self.output_dir / "pictures"):
+            with self._without_failing(self.output_dir / "pictures"):
                 (self.output_dir / "pictures").mkdir(exist_ok=True)
-                with whole_file(self.output_dir / "pictures" / f"epoch-{epoch:04d}.png") as file:
-                    Image.fromarray(picture).save(file, "png")
+                self._save(self.output_dir / "pictures" / f"epoch-{epoch:04d}.png", picture)
 
     def epoch(self, values: dict) -> None:
-        if self.output_dir is not None:
-            with self._unless_disk_fails(self.output_dir / "log.txt"), (self.output_dir / "log.txt").open("a") as f:
-                f.write(json.dumps(values) + "\n")
-
-    def _write_events(self, write: Callable[[SummaryWriter], None]) -> None:
-        if not self.log_dir:
+        """Appends an epoch to log.txt, one JSON object a line, and draws curves.png anew if it is time."""
+        if self.output_dir is None:
             return
-        with self._unless_disk_fails(Path(self.log_dir)):
-            writer, self.writer = self.writer or SummaryWriter(self.log_dir), None
-            write(writer)
-            self.writer = writer  # after a failure its thread has ended: the next entry opens a new one
+        with self._without_failing(self.output_dir / "log.txt"), (self.output_dir / "log.txt").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+            self.undrawn = True
+        if time.monotonic() - self.drawn_at > DRAW_EVERY:
+            self._draw()
+
+    def _draw(self) -> None:
+        file = self.output_dir / "curves.png"
+        with self._without_failing(file, (Exception,)):  # whatever goes wrong with a plot
+            self._save(file, to_picture(curves(read_epochs(self.output_dir / "log.txt"))))
+        self.drawn_at, self.undrawn = time.monotonic(), False
+
+    def _save(self, path: Path, picture: np.ndarray) -> None:
+        with whole_file(path) as file:
+            Image.fromarray(picture).save(file, "png")
+
+    def results(self, values: dict[str, float], confusion: np.ndarray) -> None:
+        """Reports the numbers of a test at the last step, as test_<name>, and its confusions (H,W,3) uint8."""
+        found = {f"test_{name}": value for name, value in values.items()}
+        self._report(lambda reporter: reporter.scalars(self.step, found))
+        self._report(lambda reporter: reporter.picture(self.step, "test_confusion", confusion))
+
+    def _report(self, write: Callable[[Reporter], None]) -> None:
+        for reporter in self.reporters:
+            with self._without_failing(reporter, reporter.failures):
+                write(reporter)
 
     @contextmanager
-    def _unless_disk_fails(self, what: Path) -> Iterator[None]:
+    def _without_failing(self, what: Path | Reporter, failures: tuple[type[Exception], ...] = (OSError,)) -> Iterator:
         try:
             yield
             self.failing.discard(what)
-        except OSError as error:
+        except failures as error:
             if what not in self.failing:
                 self.warn(f"{what} could not be written ({error}): entries are lost, training continues")
             self.failing.add(what)
 
     def close(self) -> None:
-        if self.writer is not None:
-            self._write_events(SummaryWriter.close)
-            self.writer = None
+        if self.undrawn:
+            self._draw()
+        self._report(lambda reporter: reporter.close())

@@ -22,6 +22,7 @@ import run_mae_pretraining
 from runs.checkpoints import LAST, newest_checkpoint
 from runs.console import Console
 from runs.logs import RunLog
+from runs.reporters import TensorBoard
 from runs.signals import SAVED
 from runs.version import code_version
 
@@ -268,7 +269,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data, straight, tmp_path
 def test_a_full_disk_costs_entries_of_the_log_and_not_the_run(tmp_path):
     with small_disk(tmp_path) as disk:
         warned = []
-        log = RunLog(output_dir=str(disk), log_dir=str(disk / "curves"), warn=warned.append)
+        log = RunLog(output_dir=str(disk), reporters=[TensorBoard(str(disk / "curves"))], warn=warned.append)
         picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
         filler = disk / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:

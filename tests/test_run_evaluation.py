@@ -21,6 +21,7 @@ from probes import make_probe
 from run_class_finetuning import main
 from runs.best import BestCheckpoint
 from runs.checkpoints import CheckpointError
+from runs.logs import RunLog
 from utils import World
 from weights import tested
 
@@ -223,7 +224,8 @@ def test_both_fusions_are_reported_and_one_decides(tmp_path, fusion):
         SimpleNamespace(device=torch.device("cpu"), evaluate=lambda clips: logits),
         loader,
         tested="a.pth",
-        class_names=None,
+        class_names=(),
+        log=RunLog(output_dir=""),
         fusion=fusion,
         skip_unreadable=False,
         output_dir=str(tmp_path),
