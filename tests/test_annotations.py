@@ -181,6 +181,13 @@ def test_any_path_survives_a_list(path, label):
     assert parse_line(line.strip()) == (path, label) and not line.startswith("#")
 
 
+@pytest.mark.parametrize("path", ["a.mp4", "air drumming/b c.mp4", "#1/x.mp4", "a.avi 3/b.mp4", "c, d/e.mp4"])
+@pytest.mark.parametrize("name", ["tango", "level 2", 'say "hi", now'])
+def test_class_names_survive_a_list(path, name):
+    line = format_line(PurePath(path), name)
+    assert parse_line(line) == (path, name) and not line.startswith("#")
+
+
 def test_a_path_that_no_list_can_hold_is_refused():
     with pytest.raises(AnnotationError, match="rename"):
         format_line(PurePath("a\nb.mp4"), 0)
