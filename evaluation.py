@@ -83,9 +83,7 @@ def test(
     found = every[fusion] | {f"{top}_{name}": every[name][top] for name in FUSIONS for top in ("top1", "top5")}
     if world.is_main:
         console.say("  ".join(f"{name} {value:.2f}" for name, value in found.items()))
-        confusion, names = confusion_matrix(scores), class_names or numbers(scores)
-        say_most_confused(console, confusion, names)
-        picture = to_picture(confusions(confusion, names))
+        picture = show_confusions(scores, class_names or numbers(scores), console)
         log.results(found, picture)
         if output_dir:
             folder = Path(output_dir)
@@ -228,9 +226,12 @@ def numbers(scores: Scores) -> list[str]:
     return [str(k) for k in range(scores.fused.shape[1])]
 
 
-def say_most_confused(console: Console, confusion: np.ndarray, names: Sequence[str]) -> None:
+def show_confusions(scores: Scores, names: Sequence[str], console: Console) -> np.ndarray:
+    """Prints the most confused pairs of classes; returns the picture of all, uint8 (H,W,3)."""
+    confusion = confusion_matrix(scores)
     for true, predicted, videos, share in confused_pairs(confusion)[:PAIRS_SHOWN]:
-        console.say(f"{names[true]} taken for {names[predicted]}: {videos} videos, {share:.0%} of the class")
+        console.say(f"confused: {names[true]} taken for {names[predicted]}: {videos} videos, {share:.0%} of the class")
+    return to_picture(confusions(confusion, names))
 
 
 TOP = ("class_", "score_")  # columns of predictions.csv for each of the best classes

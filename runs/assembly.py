@@ -201,14 +201,13 @@ def build_run(
     record = {"output_dir": args.output_dir, "warn": console.warn}
     bad_videos = BadVideos(num_videos=num_read, limit=args.max_bad_videos, is_main=world.is_main, **record)
     bad_batches = BadBatches(videos=videos, world=world, **record)
-    faults = Faults(bad_videos, bad_batches, engine.bad_steps, args.max_bad_steps, console)
     return TrainingRun(
         **shared,
         epochs=args.epochs,
         resumed=start,
         log=session.log,
         checkpoints=checkpoints,
-        faults=faults,
+        faults=Faults(bad_videos, bad_batches, engine.bad_steps, args.max_bad_steps, console),
         log_freq=args.log_freq,
         save_freq=args.save_ckpt_freq,
     )
