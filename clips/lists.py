@@ -133,14 +133,14 @@ def number_names(
     """Replaces class names by their places in `names`.
 
     Raises:
-        ListError: an integer stands among them.
+        ListError: there are integers too; names the first line that is unlike those before it.
     """
-    for label, line in zip(labels, lines, strict=True):
-        if isinstance(label, int) and label != NO_LABEL:
-            named = next(n for other, n in zip(labels, lines, strict=True) if isinstance(other, str))
+    known = [(label, line) for label, line in zip(labels, lines, strict=True) if label != NO_LABEL]
+    for label, line in known:
+        if isinstance(label, str) != isinstance(known[0][0], str):
             raise ListError(
-                f"{list_path}, line {line}: the label {label}, where line {named} has a class name: write either "
-                "names or integers on every line"
+                f"{list_path}, line {line}: the label {label!r}, where line {known[0][1]} has {known[0][0]!r}: write "
+                "either class names or integers on every line"
             )
     place = {name: number for number, name in enumerate(names)}
     return [place[label] if isinstance(label, str) else NO_LABEL for label in labels]

@@ -100,7 +100,7 @@ def confusions(confusion: np.ndarray, names: Sequence[str]) -> Figure:
 
     Up to `DRAWN_WHOLE` classes have their names and numbers at it; of more, the most confused pairs are beside it.
     """
-    small = len(names) <= DRAWN_WHOLE
+    small, names = len(names) <= DRAWN_WHOLE, [name.replace("$", r"\$") for name in names]  # $ would start a formula
     side = 2 + 0.45 * len(names) if small else 9
     figure = Figure(figsize=(side + 0.6 if small else 2.1 * side, side), layout="constrained")
     axes, *right = np.atleast_1d(figure.subplots(1, 1 if small else 2))

@@ -68,7 +68,7 @@ def test_an_unknown_name_is_one_error_with_file_line_and_the_nearest_name(tmp_pa
 
 def test_names_and_numbers_do_not_mix(tmp_path):
     path = write_list(tmp_path / "mixed.csv", "a.mp4,3", "b.mp4", "c.mp4,run")
-    with pytest.raises(ListError, match=r"mixed\.csv, line 1: the label 3, where line 3 has a class name"):
+    with pytest.raises(ListError, match=r"mixed\.csv, line 3: the label 'run', where line 1 has 3: "):
         read_list(path)
     splits = lists(tmp_path, train=["a.mp4,jump"], val=["a.mp4,0"])
     with pytest.raises(ListError, match=r"val\.csv has no class names, and .*train\.csv has"):

@@ -169,8 +169,10 @@ def test_the_most_confused_pairs_come_first():
 def test_of_many_classes_the_confused_pairs_are_drawn_by_name(num_classes, panels):
     confusion = np.diag(np.full(num_classes, 3))
     confusion[7, 4] = 2
-    names = [f"class {k}" for k in range(num_classes)]
-    matrix, *others, _ = confusions(confusion, names).axes  # the last one is the colour bar
+    names = [f"class {k}" if k else "from $5 to $x^" for k in range(num_classes)]
+    figure = confusions(confusion, names)
+    assert to_picture(figure).ndim == 3
+    matrix, *others, _ = figure.axes  # the last one is the colour bar
     assert 1 + len(others) == panels
     labels = [text.get_text() for axes in (matrix, *others) for text in axes.get_yticklabels()]
     assert ("class 7" in labels) == (panels == 1) and ("class 7 → class 4" in labels) == (panels == 2)

@@ -254,7 +254,7 @@ def test_another_model_does_not_resume(straight, data):
 
 def test_lists_without_a_readable_video_or_with_a_bad_line(tmp_path):
     (tmp_path / "empty.mp4").write_bytes(b"")
-    lists = {"empty.mp4 0\n": "empty.mp4", "a.mp4 0\nb.mp4 1 one\n": "list.csv, line 2", "": "is empty"}
+    lists = {"empty.mp4 0\n": "empty.mp4", "a.mp4 0\nb.mp4 1 one\n": "line 2: the label '1 one'", "": "is empty"}
     for text, words in lists.items():
         (tmp_path / "list.csv").write_text(text)
         done = start(main, *SMALL_RUN, "--data_path", tmp_path / "list.csv")
