@@ -78,7 +78,8 @@ class VideoList(Sequence):
         """The videos at these places of the list, in this order."""
         paths = [self._path(index) for index in indices]
         place = {"list_path": self.list_path, "root": self.root}
-        return VideoList(**place, paths=paths, labels=self.labels[indices], lines=self.lines[indices])
+        labels, lines = self.labels[indices], self.lines[indices]
+        return VideoList(**place, paths=paths, labels=labels, lines=lines, class_names=self.class_names)
 
 
 def read_list(list_path: str | Path, data_root: str | Path | None = None) -> VideoList:

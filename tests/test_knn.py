@@ -71,6 +71,17 @@ def test_accuracies_from_files_and_lists(features, tmp_path):
     assert f"top-1 {found['top1']:.2f}" in done.stdout
 
 
+def test_class_names_are_numbered_alike_in_both_lists(features, tmp_path):
+    """A test list with fewer classes numbers those it has by the training list's."""
+    train, labels, _, _ = features
+    write(tmp_path, "train", train, [f"class {'dcba'[label]}" for label in labels])
+    last = np.flatnonzero(labels == 0)[:3]  # "class d", which alone would be number 0
+    write(tmp_path, "test", train[last], 3 * ["class d"])
+    done = run(tmp_path, "--k", 1)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "knn.json").read_text())["top1"] == 100
+
+
 def test_a_test_video_without_features_is_wrong_and_a_training_one_left_out(features, tmp_path):
     train, labels, _, _ = features
     write(tmp_path, "train", train, labels)

@@ -4,9 +4,9 @@
     python tools/knn.py --features features --train train.csv --test val.csv
 
 The features must be one vector for each clip (--pool mean, the default there); several clips of a video are averaged.
-The lists are those of fine-tuning, `path label` (DATASET.md); a video's features are those in whose file its path, or
-the end of it, is written. As in DINO (Caron et al., 2021), similarity is the cosine, and each of the k nearest training
-videos votes for its class with the weight exp(similarity / temperature).
+The lists are those of fine-tuning, with numbers or names of classes (DATASET.md); a video's features are those in whose
+file its path, or the end of it, is written. As in DINO (Caron et al., 2021), similarity is the cosine, and each of the
+k nearest training videos votes for its class with the weight exp(similarity / temperature).
 
 A training video without features is left out; a test video without them counts as wrong, as in a test.
 """
@@ -24,7 +24,8 @@ from torch.nn.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
-from clips.lists import VideoList, check_labels, read_list
+from clips.class_names import check_labels, number_lists
+from clips.lists import VideoList, read_list
 from tools.inference.feature_files import read_about, read_features
 from tools.inference.trained import run_tool
 from utils import SettingError, choose_device, whole_file
@@ -117,13 +118,15 @@ def load_features(videos: VideoList, files: dict[tuple[str, ...], Path]) -> tupl
 def run(args: argparse.Namespace) -> int:
     if args.k < 1 or not args.temperature > 0:
         raise SettingError(f"--k {args.k} must be at least 1, and --temperature {args.temperature} positive")
-    device, lists = choose_device(args.device), [read_list(path, args.data_root) for path in (args.train, args.test)]
-    num_classes = 1 + int(max(videos.labels.max() for videos in lists))
-    for videos in lists:
+    device = choose_device(args.device)
+    lists = {name: read_list(getattr(args, name), args.data_root) for name in ("train", "test")}
+    number_lists(lists)
+    num_classes = 1 + int(max(videos.labels.max() for videos in lists.values()))
+    for videos in lists.values():
         check_labels(videos, max(1, num_classes))
     files, about = find_features(Path(args.features))
-    train, labels, unused = load_features(lists[0], files)
-    test, truth, unread = load_features(lists[1], files)
+    train, labels, unused = load_features(lists["train"], files)
+    test, truth, unread = load_features(lists["test"], files)
     if args.k > len(train):
         raise SettingError(f"--k {args.k} is more than the {len(train)} training videos with features")
     settings = {"k": args.k, "temperature": args.temperature}
@@ -131,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
         train.to(device), labels.to(device), test.to(device), num_classes=num_classes, at_once=SIMILARITIES, **settings
     ).cpu()
     hits = votes.topk(min(5, num_classes), dim=1).indices == truth[:, None]  # (m,5)
-    total = len(lists[1])
+    total = len(lists["test"])
     found = {"top1": 100 * int(hits[:, 0].sum()) / total, "top5": 100 * int(hits.sum()) / total, "videos": total}
     report(args, {**found, **settings, "training_videos": len(train), "features": about}, unused, unread)
     return 0
