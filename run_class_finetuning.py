@@ -285,6 +285,8 @@ def train(
 ) -> BestCheckpoint:
     """Trains from where the run was left off; returns the best checkpoint."""
     args, loader = session.args, loaders["train"]
+    if args.data_set == "custom":
+        warn_of_empty_classes(settings.lists, settings.data_set.num_classes, session.console.warn_once)
     run = build_run(
         session,
         engine,
@@ -328,8 +330,6 @@ def train_and_test(session: Session, settings: Settings) -> int:
     classes = f"{settings.data_set.num_classes} classes of {args.data_set}"
     classes += f", {len(engine.module.names)} probes" if isinstance(engine.module, ProbeGrid) else ""
     session.describe(engine, model=classes, videos=videos)
-    if args.data_set == "custom" and not args.eval:
-        warn_of_empty_classes(settings.lists, settings.data_set.num_classes, console.warn_once)
 
     augmentation = build_augmentation(args, settings.data_set.num_classes)
     if not args.eval:
