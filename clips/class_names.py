@@ -24,8 +24,8 @@ class ClassNames(NamedTuple):
         """
         if len(self.names) != num_classes:
             raise ListError(
-                f"{self.source} has {len(self.names)} class names, but --nb_classes, --data_set or the model "
-                f"{num_classes} classes: leave out --nb_classes, or name all classes in a file --labels, one a line"
+                f"{self.source} has {len(self.names)} class names for {num_classes} classes: give a file --labels with "
+                "one name a line, from class 0, or as many classes as there are names"
             )
 
     def number(self, videos: VideoList) -> None:

@@ -308,7 +308,7 @@ def test_only_what_was_trained_here_has_a_licence_by_default(tmp_path):
 
 def test_labels_must_be_those_of_the_classes(tmp_path):
     checkpoint, _ = write(tmp_path, {"name": TINY, "num_classes": 4, **SMALL})
-    with pytest.raises(SystemExit, match="has 5 lines and the model 4 classes"):
+    with pytest.raises(SystemExit, match="has 5 class names for 4 classes"):
         run(checkpoint, tmp_path / "there", "native", "--labels", labels(tmp_path))
 
 

@@ -286,7 +286,7 @@ def test_the_table_has_the_names_of_the_classes(tmp_path, folder):
         (["--short_side_size", 24], "--short_side_size 24 is less than --input_size 32"),
         (["--device", "abacus"], "--device abacus can't be used"),
         (["--model", "nowhere.pth"], "nowhere.pth: no such checkpoint"),
-        (["--labels", "two.txt"], "two.txt has 2 class names, but --nb_classes, --data_set or the model 6 classes"),
+        (["--labels", "two.txt"], "two.txt has 2 class names for 6 classes"),
         (["--labels", "nowhere.txt"], "nowhere.txt"),
     ],
 )
