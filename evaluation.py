@@ -21,7 +21,7 @@ from runs.engine import Engine
 from runs.faults import TrainingDiverged
 from runs.processes import wait_for_all
 from runs.signals import SAVED, Stopped, StopSignals
-from utils import CSV_TEXT, World, gather_from_ranks, sum_over_ranks, whole_file
+from utils import CSV_TEXT, World, counted, gather_from_ranks, sum_over_ranks, whole_file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -70,7 +70,9 @@ def test(
         TrainingDiverged: no score is finite.
     """
     console = Console(total_steps=len(loader), show=world.is_main)
-    console.say(f"testing {tested}: {len(loader.dataset)} videos x {len(loader.dataset.views)} views")
+    console.say(
+        f"testing {tested}: {counted(len(loader.dataset), 'video')} x {counted(len(loader.dataset.views), 'view')}"
+    )
     fused = score_views(engine, loader, stop=lambda: bool(signals.status), console=console, **scoring)
     scores = fused[fusion]
     if sum_over_ranks(signals.status, world.device):
@@ -81,7 +83,9 @@ def test(
     every = {name: accuracies(fused[name], videos.labels, skip_unreadable=skip_unreadable) for name in FUSIONS}
     found = every[fusion] | {f"{top}_{name}": every[name][top] for name in FUSIONS for top in ("top1", "top5")}
     if world.is_main:
-        console.say("  ".join(f"{name} {value:.2f}" for name, value in found.items()))
+        console.say(
+            "  ".join(f"{name} {value if isinstance(value, int) else f'{value:.2f}'}" for name, value in found.items())
+        )
         if output_dir:
             summary = {"tested": tested, "view_fusion": fusion, **found}
             with whole_file(Path(output_dir) / "test.json", "w") as file:
