@@ -11,7 +11,7 @@ from runs.checkpoints import CheckpointError, flags_of, newest_checkpoint, read_
 from runs.console import Console
 from runs.engine import Engine
 from runs.version import code_version
-from utils import World, gather_from_ranks
+from utils import World, counted, gather_from_ranks, plain
 
 
 class Start(NamedTuple):
@@ -143,7 +143,7 @@ def first_batch(done: int, old: dict[str, int], new: dict[str, int]) -> tuple[in
     if not old or old == new:
         return done, []
     if (old["num_videos"], old["seed"]) != (new["num_videos"], new["seed"]):
-        was, now = (f"{layout['num_videos']} videos with --seed {layout['seed']}" for layout in (old, new))
+        was, now = (f"{counted(layout['num_videos'], 'video')} with --seed {layout['seed']}" for layout in (old, new))
         return 0, [f"{was} are now {now}, in another order{', so the epoch starts again' * bool(done)}"]
     _, was = _videos_a_step(old)
     step, now = _videos_a_step(new)
@@ -154,14 +154,17 @@ def first_batch(done: int, old: dict[str, int], new: dict[str, int]) -> tuple[in
 
 def _videos_a_step(layout: dict[str, int]) -> tuple[int, str]:
     size, batch, freq = (layout[name] for name in ("world_size", "batch_size", "update_freq"))
-    return size * batch * freq, f"{size} processes x {batch} videos x {freq} batches = {size * batch * freq}"
+    return (
+        size * batch * freq,
+        f"{counted(size, 'process')} x {counted(batch, 'video')} x {counted(freq, 'batch')} = {size * batch * freq}",
+    )
 
 
 def changes(state: dict, flags: dict, neutral: Collection[str]) -> list[str]:
     """What differs from when the checkpoint was written: flags, and the version of the code."""
     old, lines = flags_of(state), []
     changed = [
-        f"--{name} {old[name]} -> {value}"
+        f"--{name} {plain(old[name])} -> {plain(value)}"
         for name, value in flags.items()
         if name in old and name not in neutral and old[name] != value
     ]
