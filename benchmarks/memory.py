@@ -1,6 +1,6 @@
-"""Estimates the GPU memory of a training step from what autograd keeps, without a GPU.
+"""Estimates the GPU memory of a training step from what autograd keeps, without a GPU and without computing anything.
 
-    python benchmarks/memory.py                                  every model of the recipes, bfloat16 on the CPU
+    python benchmarks/memory.py                                  every model of the recipes, in bfloat16
     python benchmarks/memory.py vit_base_patch16_224 --use_checkpoint
 
     memory = 16 bytes per parameter (float32 weights, gradients, AdamW's two moments)
@@ -8,9 +8,9 @@
              + clips x the bytes that the backward pass of one clip needs, and its pixels, normalised pixels and target
 
 The weights' copies and what the backward pass needs are counted by torch's saved-tensor hooks over forward passes of
-one and of two clips, each storage once. With --use_checkpoint the tensors of one block are added, since the backward
-pass recomputes one block at a time. Not counted: what kernels need for the moment, fragmentation, and CUDA itself,
-together 1 to 2 GiB; so LIMIT is 22 of 24 GiB.
+one and of two clips with fake tensors, which have shapes but no values, each storage once. With --use_checkpoint the
+tensors of one block are added, since the backward pass recomputes one block at a time. Not counted: what kernels need
+for the moment, fragmentation, and CUDA itself, together 1 to 2 GiB; so LIMIT is 22 of 24 GiB.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
@@ -46,16 +47,19 @@ def build(name: str, checkpoint: bool) -> nn.Module:
 
 
 def kept_bytes(model: nn.Module, clips: int) -> int:
-    """Bytes of the storages that the backward pass of so many clips keeps, beside the parameters themselves."""
-    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    """Bytes of the storages that are kept for the backward pass of so many clips."""
+    kept = {}
 
     def note(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept[storage._cdata] = storage.nbytes()
         return value
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value), torch.autocast("cpu", torch.bfloat16):
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda value: value),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         result = model(torch.zeros(clips, 3, 16, 224, 224))
     del result
     return sum(kept.values())
@@ -80,6 +84,7 @@ def main() -> None:
     parser.add_argument("--use_checkpoint", action="store_true", help="recompute activations")
     args = parser.parse_args()
     print("| model | fixed GiB | GiB per clip | clips in 24 GB |\n|---|---|---|---|")
+    torch.set_num_threads(8)  # so that attention is torch's, as on a GPU (kernels/attention.py)
     for name in args.models:
         fixed, clip = estimate(name, args.use_checkpoint)
         print(f"| {name} | {fixed:.2f} | {clip:.3f} | {int((LIMIT - fixed) / clip)} |", flush=True)

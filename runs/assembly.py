@@ -200,8 +200,8 @@ def build_run(
     """
     args, world, console = session.args, session.world, session.console
     warn_of_low_rate(args, world, console)
-    neutral = session.flags.neutral
-    start = resume(engine, sampler, vars(args), neutral, model_settings=model_settings, world=world, console=console)
+    known = {"given": session.flags.given, "model_settings": model_settings}
+    start = resume(engine, sampler, vars(args), session.flags.neutral, **known, world=world, console=console)
     shared = {"engine": engine, "sampler": sampler, "world": world, "console": console}
     votes = Votes(timeout=1.5 * args.dist_timeout)  # longer than the watchdog's limit, which reports more
     session.to_close.callback(votes.close)

@@ -28,6 +28,7 @@ def resume(
     flags: dict,
     neutral: Collection[str],
     *,
+    given: Collection[str] = (),
     model_settings: dict,
     world: World,
     console: Console,
@@ -37,6 +38,8 @@ def resume(
     Args:
         flags: the run's, by name: which checkpoint to look for, and what to compare with the checkpoint's.
         neutral: flags that change nothing that is computed, so that a change needs no mention.
+        given: those on the command line. Where --warmup_epochs is not, `flags` gets that of the checkpoint: a run of
+            more epochs must not warm up again, nor one whose default was another.
 
     Raises:
         CheckpointError: it can't be read, is of a model with other settings or of other labels, or ranks find
@@ -48,6 +51,8 @@ def resume(
     else:
         check_same_labels(found[0], flags_of(found[1]), flags)
         start, lines = load(engine, sampler, *found, model_settings)
+        if "warmup_epochs" not in given and "warmup_epochs" in flags_of(found[1]):
+            flags["warmup_epochs"] = flags_of(found[1])["warmup_epochs"]
         lines += changes(found[1], flags, neutral)
     check_same_start(start, flags["output_dir"], world)
     if found is not None:

@@ -309,6 +309,22 @@ def test_the_default_warmup_is_the_published_one_and_its_share_of_a_short_run(pa
     assert rates.index(max(rates)) == round(60 * warmup) - 1 and max(rates) == pytest.approx(args.lr)
 
 
+def test_a_resumed_run_keeps_its_warmup_unless_a_flag_says_otherwise(data, tmp_path):
+    place = SMALL_RUN.index("--warmup_epochs")
+    flags = [*SMALL_RUN[:place], *SMALL_RUN[place + 2 :], "--data_path", data / "list.csv", "--output_dir", tmp_path]
+
+    def warmup(*more) -> tuple[float, str]:
+        done = start(main, *flags, *more)
+        assert done.returncode == 0, done.stderr
+        newest = max(tmp_path.glob("checkpoint-[0-9]*.pth"), key=lambda path: path.stat().st_mtime_ns)
+        return torch.load(newest, weights_only=True)["args"]["warmup_epochs"], done.stdout
+
+    assert warmup("--epochs", "1")[0] == pytest.approx(1 / 20)
+    value, out = warmup("--epochs", "2")
+    assert value == pytest.approx(1 / 20) and "--warmup_epochs" not in out
+    assert "--warmup_epochs 0.05 -> 1" in warmup("--epochs", "3", "--warmup_epochs", "1")[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -325,7 +341,7 @@ def test_a_peak_rate_that_learns_nothing_is_a_warning_in_one_line(data, tmp_path
 
 
 def test_the_first_step_is_told_at_once(data, tmp_path):
-    done = pretrain(data, tmp_path, "--epochs", "1")
+    done = pretrain(data, tmp_path, "--epochs", "1", "--log_freq", "20")
     lines = done.stdout.splitlines()
     (first,) = [k for k, line in enumerate(lines) if re.match(r"step 1/2 done after [\d.]+ s$", line)]
     assert re.match("epoch 0  step 2/2", lines[first + 1])

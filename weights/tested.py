@@ -56,10 +56,10 @@ def take_trained(args: argparse.Namespace, given: Collection[str], found: Weight
     run |= {name: found_flags[name] for name in OF_THE_RUN if found_flags.get(name) is not None}
     if not {"num_frames", "num_segments"} & given:
         run |= {"num_frames": settings["num_frames"], "num_segments": 1}
-    if not {"linear_probe", "attentive_probe", "probe_batch_norm"} & given:
+    if not {"linear_probe", "attentive_probe", "probe_batch_norm", "probe_blocks"} & given:
         probe = settings.get("probe") or {"kind": ""}
         run |= {f"{kind}_probe": probe["kind"] == kind for kind in ("linear", "attentive")}
-        run["probe_batch_norm"] = probe.get("batch_norm", False)
+        run |= {"probe_batch_norm": probe.get("batch_norm", False), "probe_blocks": probe.get("blocks", 1)}
     data_set = args.data_set if "data_set" in given else found_flags.get("data_set")
     if found_flags.get("data_set") in DATA_SETS and found_flags["data_set"] == data_set:
         run |= {name: found_flags[name] for name in OF_ITS_DATA if found_flags.get(name) is not None}
