@@ -371,7 +371,7 @@ def test_a_data_set_is_made_and_listed_in_one_go_and_missing_videos_are_named(tm
     assert (out / "test.csv").read_text() == (out / "val.csv").read_text()
     assert (out / "labels.txt").read_text() == "Archery\nBowling\n"
     assert rows(out / "missing_videos.csv") == [{"split": "train", "video": "Bowling/v_2"}]
-    assert "train.csv: 1 videos, 1 missing" in done.stdout
+    assert "train.csv: 1 video, 1 missing" in done.stdout
     assert prepare(*which, "--lists_only", "--strict").returncode == 1
 
 
