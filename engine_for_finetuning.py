@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from augment import BatchAugmentation, Colours, normalize, to_pixels
 from probes import ProbeGrid
@@ -53,7 +54,7 @@ def finetune(
         found = {}
         if "val" in loaders:
             settings = {"colours": augmentation.colours, "stop": stop, "report_bad": run.faults.videos.add}
-            found = validate_all(engine, loaders["val"], **settings)
+            found = validate_all(engine, loaders["val"], show=run.world.is_main, **settings)
         run.stop_if_signalled()  # a validation that was cut short is repeated
         best.update(epoch, found)
         run.kept["best"] = best.value
@@ -136,6 +137,7 @@ def validate(
     stop: Callable[[], bool] = lambda: False,
     report_bad: Callable[[list[tuple[str, str]]], None] = lambda entries: None,
     num_probes: int = 1,
+    show: bool = False,
 ) -> list[dict[str, float]]:
     """Cross-entropy, and top-1 and top-5 accuracy in per cent, over one clip of each video of all ranks.
 
@@ -147,13 +149,15 @@ def validate(
         stop: where it becomes true the loop ends early, and the result is meaningless.
         report_bad: called with the (path, reason) of unreadable videos.
         num_probes: K of a grid of probes.
+        show: whether to show a progress bar, on a terminal.
 
     Returns:
         One result, or one for each probe.
     """
     sums = torch.zeros(num_probes, 3, dtype=torch.float64, device=engine.device)  # loss, top-1, top-5
     num_bad = num_read = 0
-    for batch in until_stopped(loader, stop, "validation"):
+    batches = tqdm(loader, "validation", leave=False, unit="batch", disable=None if show else True)
+    for batch in until_stopped(batches, stop, "validation"):
         num_bad += len(batch["bad"])
         report_bad([(path, reason) for _, path, reason in batch["bad"]])
         if not len(batch["label"]):

@@ -23,7 +23,7 @@ from runs.faults import TrainingDiverged
 from runs.logs import RunLog
 from runs.processes import wait_for_all
 from runs.signals import SAVED, Stopped, StopSignals
-from utils import CSV_TEXT, World, gather_from_ranks, sum_over_ranks, whole_file
+from utils import CSV_TEXT, World, counted, gather_from_ranks, sum_over_ranks, whole_file
 
 FUSIONS = ("softmax", "logits")
 
@@ -71,7 +71,9 @@ def test(
         TrainingDiverged: no score is finite.
     """
     console = Console(total_steps=len(loader), show=world.is_main)
-    console.say(f"testing {tested}: {len(loader.dataset)} videos x {len(loader.dataset.views)} views")
+    console.say(
+        f"testing {tested}: {counted(len(loader.dataset), 'video')} x {counted(len(loader.dataset.views), 'view')}"
+    )
     fused = score_views(engine, loader, stop=lambda: bool(signals.status), console=console, **scoring)
     scores = fused[fusion]
     if sum_over_ranks(signals.status, world.device):
@@ -82,7 +84,8 @@ def test(
     every = {name: accuracies(fused[name], videos.labels, skip_unreadable=skip_unreadable) for name in FUSIONS}
     found = every[fusion] | {f"{top}_{name}": every[name][top] for name in FUSIONS for top in ("top1", "top5")}
     if world.is_main:
-        console.say("  ".join(f"{name} {value:.2f}" for name, value in found.items()))
+        texts = (f"{name} {value if isinstance(value, int) else f'{value:.2f}'}" for name, value in found.items())
+        console.say("  ".join(texts))
         picture = show_confusions(scores, class_names or numbers(scores), console)
         log.results(found, picture)
         if output_dir:

@@ -1,6 +1,7 @@
 """From samples to batches: which videos a process takes, in which order, and the loaders."""
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from clips.isolation import outlive_signals
 from clips.lists import VideoList
 from clips.transforms import ClipTransform, EvenCrops
 from datasets import FRAME_RULES, ClipSettings, DataSet, EvalDataset, TrainDataset
-from utils import SettingError
+from utils import SettingError, counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +69,8 @@ class EpochSampler(Sampler):
         self.steps_per_epoch = num_videos // total_batch * self.update_freq
         if self.steps_per_epoch == 0:
             raise SettingError(
-                f"{num_videos} videos do not fill one step of --batch_size {self.batch_size} x --update_freq "
-                f"{self.update_freq} x {self.world_size} processes: lower one of these, or list more videos"
+                f"{counted(num_videos, 'video')} can't fill one step of --batch_size {self.batch_size} x --update_freq "
+                f"{self.update_freq} x {counted(self.world_size, 'process')}: lower one of these, or list more videos"
             )
         self.set_epoch(0)
 
@@ -157,6 +158,8 @@ def build_evaluation_loader(dataset: EvalDataset, loading: LoadSettings, *, spre
 def _build(dataset: Dataset, loading: LoadSettings, **settings) -> DataLoader:
     # With its own generator the loader draws nothing from torch's global one, which masks may depend on.
     settings |= {"generator": torch.Generator(), "pin_memory": loading.pin_memory and torch.cuda.is_available()}
+    if loading.num_workers and sys.platform == "linux":  # elsewhere the platform's own method
+        settings["multiprocessing_context"] = "fork"  # workers share one `IndexTable`; Python 3.14's default differs
     return DataLoader(dataset, num_workers=loading.num_workers, worker_init_fn=outlive_signals, **settings)
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ from utils import SettingError, seed_all
 from weights.classifier import load_classifier_weights
 from weights.images import INFLATIONS, TIMM, inflate, load_timm
 from weights.names import Weights, load_weights
-from weights.tested import check_same_on_all_ranks, check_tested, find_tested, load_tested
+from weights.tested import check_same_on_all_ranks, check_tested, find_tested, load_tested, take_trained
 
 
 # fmt: off
@@ -112,7 +112,9 @@ def get_args_parser() -> Flags:
         help="file of class names, one per line from class 0 (default: the checkpoint's under --eval, or the lists')")
 
     add = parser.group("evaluation")
-    add("--eval", action="store_true", help="only test --finetune, --resume or the best in --output_dir")
+    add("--eval", action="store_true",
+        help="only test --finetune, --resume or the best in --output_dir; model, data set, clips and views are those "
+             "of its training, as far as it says, unless a flag says otherwise")
     add("--disable_eval_during_finetuning", action="store_true", help="no validation; test the last weights")
     add("--dist_eval", default=True, action="store_true", neutral=True, help="validate and test on all processes")
     add("--no_dist_eval", dest="dist_eval", action="store_false", neutral=True, help="only on the first process")
@@ -141,13 +143,19 @@ class Settings:
     weights: Weights | None
 
 
-def check_settings(args: argparse.Namespace) -> Settings:
+def check_settings(args: argparse.Namespace, given: Collection[str] = ()) -> Settings:
     """Validates the settings before anything is built, and reads the lists and the checkpoint.
+
+    Args:
+        given: flags that --eval does not take from the checkpoint.
 
     Raises:
         SettingError, CheckpointError: says what to change.
     """
     check_common(args)
+    weights = find_weights(args) if args.eval else None
+    if weights is not None:
+        take_trained(args, set(given), weights)
     check_probe_flags(args)
     for name in ("crop_scale", "cutmix_minmax"):
         low, high = getattr(args, name) or (1, 1)
@@ -155,7 +163,7 @@ def check_settings(args: argparse.Namespace) -> Settings:
             raise SettingError(f"--{name} {low} {high} must be two numbers in ascending order, above 0 and at most 1")
     if not args.data_path:
         raise SettingError("--data_path is missing: a folder of train.csv, val.csv and test.csv (DATASET.md)")
-    weights = find_weights(args)
+    weights = weights or find_weights(args)
     lists, names = read_lists(args, weights)
     counted = len(names.names) if args.data_set == "custom" and args.nb_classes is None else 0
     data_set = resolve_data_set(
@@ -361,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def work(signals: StopSignals, to_close: ExitStack) -> int:
         flags.check(args)
-        settings = check_settings(args)
+        settings = check_settings(args, flags.given)
         session = open_session(args, flags, signals, to_close, most_workers=10)
         for videos in settings.lists.values():
             check_readable(videos, args.decoder, decode_timeout=args.decode_timeout)

@@ -41,7 +41,7 @@ from runs.signals import StopSignals
 from runs.training import TrainingRun
 from sampling import SAMPLING_LOSSES
 from targets import ERRORS, TARGETS, Losses, Target, create_target
-from utils import SettingError, seed_all
+from utils import SettingError, counted, seed_all
 from weights.names import Weights, load_weights
 from weights.pretraining import PARTS, load_pretraining_weights
 from weights.teachers import Teacher, Tokenizer, check_same_on_all_ranks, load_frozen
@@ -290,7 +290,7 @@ def train(session: Session, settings: Settings) -> None:
     session.to_close.callback(engine.close)
     masking = model.masking
     text = f"{masking.mask_type} masking: {masking.num_visible} of {masking.num_tokens} tokens visible"
-    session.describe(engine, model=text, videos=f"{len(videos)} videos")
+    session.describe(engine, model=text, videos=counted(len(videos), "video"))
 
     run = build_run(session, engine, loader.sampler, model_settings=settings.model, videos=videos, num_read=len(videos))
     target = build_target(session, settings, patch=model.patch, amp=engine.amp)

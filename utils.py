@@ -61,6 +61,16 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
+def plain(value: object) -> str:
+    """A setting as a person writes it: 5.0 -> "5"; all else as `str` does."""
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def counted(number: int, noun: str) -> str:
+    """1 process, 2 processes."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith(('s', 'ch')) else 's'}"
+
+
 def keep_freed_memory() -> None:
     """Lets glibc keep freed memory for the next allocation instead of returning it to the kernel.
 

@@ -26,17 +26,39 @@ from runs.resuming import resume
 from runs.saving import Checkpoints
 from runs.signals import StopSignals, Votes
 from runs.training import TrainingRun
-from utils import World, compute_deterministically
+from utils import World, compute_deterministically, counted
 
 Schedule = Callable[[int], tuple[float, float]]  # optimiser step -> learning rate, weight decay
+
+# A fifth of the lowest peak rate of a published recipe, which is UCF101's 2.25e-4 (pre-training, 3200 epochs).
+LEAST_PEAK = 4.5e-5
+
+
+def rate_scale(args: argparse.Namespace, world: World) -> float:
+    """What the flags' learning rates are multiplied by: total batch / 256."""
+    return args.batch_size * args.update_freq * world.size / 256
+
+
+def warn_of_low_rate(args: argparse.Namespace, world: World, console: Console) -> None:
+    """Warns of a peak rate far below all published ones: the default is meant for the total batch of many GPUs.
+
+    Only AdamW's rates are known.
+    """
+    scale = rate_scale(args, world)
+    if args.opt.lower() == "adamw" and args.lr * scale < LEAST_PEAK:
+        more = f"accumulate batches (--update_freq; the total batch is {256 * scale:g}) or " * (scale < 1)
+        console.warn_once(
+            f"the peak learning rate of {args.lr * scale:.2g} is too low to learn much, the published runs have 2.2e-4 "
+            f"to 2.4e-3: {more}raise --lr"
+        )
 
 
 def build_schedule(args: argparse.Namespace, world: World, batches_per_epoch: int) -> Schedule:
     """The schedule of learning rate and weight decay; rates are the flags' times total batch / 256."""
-    scale = args.batch_size * args.update_freq * world.size / 256
+    scale = rate_scale(args, world)
     steps_per_epoch = batches_per_epoch // args.update_freq
     total_steps = args.epochs * steps_per_epoch
-    warmup_steps = args.warmup_steps if args.warmup_steps > 0 else args.warmup_epochs * steps_per_epoch
+    warmup_steps = args.warmup_steps if args.warmup_steps > 0 else round(args.warmup_epochs * steps_per_epoch)
     decay_end = args.weight_decay if args.weight_decay_end is None else args.weight_decay_end
 
     def schedule(step: int) -> tuple[float, float]:
@@ -100,8 +122,8 @@ class Session(NamedTuple):
             f"{args.model}, {trained:.2f} M trained parameters, {model}\n"
             f"{videos} of {args.data_path}, decoder {decoder}, {self.num_workers} data workers a process\n"
             f"on {self.world.device} in {precision}\n"
-            f"{size} processes x {args.batch_size} videos x {args.update_freq} batches a step = {total}, "
-            f"{args.num_sample} clips a video\n"
+            f"{counted(size, 'process')} x {counted(args.batch_size, 'video')} x {counted(args.update_freq, 'batch')} "
+            f"a step = {total}, {counted(args.num_sample, 'clip')} a video\n"
             f"learning rate {args.lr} x {total}/256 = {args.lr * total / 256:.3g}"
         )
 
@@ -183,9 +205,11 @@ def build_run(
         save: whether to write checkpoints.
     """
     args, world, console = session.args, session.world, session.console
+    warn_of_low_rate(args, world, console)
     about = {"args": vars(args), "model_settings": model_settings, "class_names": list(class_names)}
+    known = {"given": session.flags.given, "world": world, "console": console}
+    start = resume(engine, sampler, about, session.flags.neutral, **known)
     session.log.settings(vars(args))
-    start = resume(engine, sampler, about, session.flags.neutral, world=world, console=console)
     shared = {"engine": engine, "sampler": sampler, "world": world, "console": console}
     votes = Votes(timeout=1.5 * args.dist_timeout)  # longer than the watchdog's limit, which reports more
     session.to_close.callback(votes.close)

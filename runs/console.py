@@ -28,17 +28,20 @@ class Console:
 
     def __init__(self, *, total_steps: int, show: bool = True):
         self.total, self.show, self.bar = total_steps, show, None
-        self.first, self.started = 0, time.monotonic()
+        self.first, self.started, self.waiting = 0, time.monotonic(), False
 
     def start(self, first_step: int) -> None:
         """Starts the clock, with `first_step` steps done already."""
-        self.first, self.started = first_step, time.monotonic()
+        self.first, self.started, self.waiting = first_step, time.monotonic(), True
         if self.show and sys.stderr.isatty():
             self.bar = tqdm(total=self.total, initial=first_step, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:
         if self.bar is not None:
             self.bar.update()
+        elif self.waiting:  # lines with numbers may be minutes apart
+            self.say(f"step {self.first + 1}/{self.total} done after {time.monotonic() - self.started:.1f} s")
+        self.waiting = False
 
     def report(self, step: int, where: str, **values: str) -> None:
         """Shows the values of the last steps, after `step` of all steps; `where` is e.g. "epoch 3"."""

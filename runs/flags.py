@@ -1,14 +1,14 @@
 """The flags that both programs have. Names are VideoMAE's."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
 
 from clips.decoders import DECODERS, resolve_decoder
 from runs.reporters import REPORTERS, import_wandb
-from utils import SettingError
+from utils import SettingError, plain
 
 
 class Range(NamedTuple):
@@ -41,12 +41,24 @@ class Flags(argparse.ArgumentParser):
     Attributes:
         ranges: the valid values of a flag, by name.
         neutral: names of flags that may change when a run is resumed without changing what is computed.
+        given: names of the flags on the command line that was parsed last.
     """
 
     def __init__(self, program: str, description: str):
         super().__init__(program, description=description, formatter_class=HelpFormatter)
         self.ranges: dict[str, Range] = {}
         self.neutral: set[str] = set()
+        self.given: set[str] = set()
+
+    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parses the command line; a short run without --warmup_epochs gets the published share, not epochs."""
+        args, nothing = super().parse_args(argv), object()
+        absent = argparse.Namespace(**dict.fromkeys(vars(args), nothing))  # argparse keeps what a flag doesn't set
+        self.given = {n for n, value in vars(super().parse_args(argv, absent)).items() if value is not nothing}
+        if "warmup_epochs" not in self.given:
+            share = args.warmup_epochs / self.get_default("epochs")
+            args.warmup_epochs = min(args.warmup_epochs, share * args.epochs)
+        return args
 
     def group(self, title: str) -> Callable[..., None]:
         """A group of flags, as the function that adds one; it takes `valid` and `neutral` too."""
@@ -70,7 +82,7 @@ class Flags(argparse.ArgumentParser):
         for name, valid in self.ranges.items():
             value = getattr(args, name)
             if value is not None and not valid.holds(value):
-                raise SettingError(f"--{name} {value} {valid.words}")
+                raise SettingError(f"--{name} {plain(value)} {valid.words}")
 
 
 def boolean(text: str) -> bool:
@@ -126,7 +138,9 @@ def common_parser(program: str, description: str) -> Flags:
     add("--lr", type=float, help="peak learning rate; multiplied by total batch / 256")
     add("--warmup_lr", default=0.0, type=float, help="learning rate at the start of warm-up, scaled likewise")
     add("--min_lr", type=float, help="learning rate at the end of the cosine, scaled likewise")
-    add("--warmup_epochs", type=int, help="epochs of linear warm-up")
+    add("--warmup_epochs", type=float, valid=AT_LEAST_ZERO,
+        help="epochs of linear warm-up (default: as published, 40 in pre-training and 5 in fine-tuning, but at most "
+             "1/20 and 1/6 of --epochs)")
     add("--warmup_steps", default=-1, type=int, help="optimiser steps of warm-up; overrides --warmup_epochs")
     add("--schedule", default=None, choices=["steps", "epochs"],
         help="end of warm-up: at its last step (AdaMAE, VideoMAE) or the step after it (MAE-ST; default: the model's)")
@@ -185,7 +199,7 @@ def check_common(args: argparse.Namespace) -> None:
         SettingError: names the flag and says what to change.
     """
     if args.warmup_steps < 0 and args.warmup_epochs > args.epochs:
-        raise SettingError(f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}")
+        raise SettingError(f"--warmup_epochs {plain(args.warmup_epochs)} is more than --epochs {args.epochs}")
     if args.output_dir:
         try:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from runs.checkpoints import CheckpointError, flags_of, newest_checkpoint, read_
 from runs.console import Console
 from runs.engine import Engine
 from runs.version import code_version
-from utils import World, gather_from_ranks
+from utils import World, counted, gather_from_ranks, plain
 
 
 class Start(NamedTuple):
@@ -24,7 +24,14 @@ class Start(NamedTuple):
 
 
 def resume(
-    engine: Engine, sampler: EpochSampler, about: dict, neutral: Collection[str], *, world: World, console: Console
+    engine: Engine,
+    sampler: EpochSampler,
+    about: dict,
+    neutral: Collection[str],
+    *,
+    given: Collection[str] = (),
+    world: World,
+    console: Console,
 ) -> Start:
     """Loads the checkpoint to resume into the engine, if there is one.
 
@@ -32,6 +39,8 @@ def resume(
         about: what the run's own checkpoints say of it (`Checkpoints`): its flags, which tell the checkpoint to look
             for, its model settings and class names.
         neutral: flags that change nothing that is computed, so that a change needs no mention.
+        given: those on the command line. Where --warmup_epochs is not, `flags` gets that of the checkpoint: a run of
+            more epochs must not warm up again, nor one whose default was another.
 
     Raises:
         CheckpointError: it can't be read, is of a model with other settings, of other labels or classes, or ranks find
@@ -44,6 +53,8 @@ def resume(
     else:
         check_same_labels(found[0], flags_of(found[1]), flags)
         start, lines = load(engine, sampler, *found, about)
+        if "warmup_epochs" not in given and "warmup_epochs" in flags_of(found[1]):
+            flags["warmup_epochs"] = flags_of(found[1])["warmup_epochs"]
         lines += changes(found[1], flags, neutral)
     check_same_start(start, flags["output_dir"], world)
     if found is not None:
@@ -154,7 +165,7 @@ def first_batch(done: int, old: dict[str, int], new: dict[str, int]) -> tuple[in
     if not old or old == new:
         return done, []
     if (old["num_videos"], old["seed"]) != (new["num_videos"], new["seed"]):
-        was, now = (f"{layout['num_videos']} videos with --seed {layout['seed']}" for layout in (old, new))
+        was, now = (f"{counted(layout['num_videos'], 'video')} with --seed {layout['seed']}" for layout in (old, new))
         return 0, [f"{was} are now {now}, in another order{', so the epoch starts again' * bool(done)}"]
     _, was = _videos_a_step(old)
     step, now = _videos_a_step(new)
@@ -165,14 +176,17 @@ def first_batch(done: int, old: dict[str, int], new: dict[str, int]) -> tuple[in
 
 def _videos_a_step(layout: dict[str, int]) -> tuple[int, str]:
     size, batch, freq = (layout[name] for name in ("world_size", "batch_size", "update_freq"))
-    return size * batch * freq, f"{size} processes x {batch} videos x {freq} batches = {size * batch * freq}"
+    return (
+        size * batch * freq,
+        f"{counted(size, 'process')} x {counted(batch, 'video')} x {counted(freq, 'batch')} = {size * batch * freq}",
+    )
 
 
 def changes(state: dict, flags: dict, neutral: Collection[str]) -> list[str]:
     """What differs from when the checkpoint was written: flags, and the version of the code."""
     old, lines = flags_of(state), []
     changed = [
-        f"--{name} {old[name]} -> {value}"
+        f"--{name} {plain(old[name])} -> {plain(value)}"
         for name, value in flags.items()
         if name in old and name not in neutral and old[name] != value
     ]

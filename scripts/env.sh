@@ -4,7 +4,7 @@
 #   bash scripts/env.sh            everything: requirements of the programs and the tests
 #   bash scripts/env.sh runtime    requirements of the programs only
 #
-# Needs python3 (3.10-3.12; set PYTHON=... to use another one) and access to the package registry. It does nothing if
+# Needs python3 (3.10-3.13; set PYTHON=... to use another one) and access to the package registry. It does nothing if
 # the environment is up to date, and rebuilds it after an interrupted installation.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,18 +17,18 @@ case "${1:-all}" in
     *) fail "unknown argument '$1': use 'runtime', or no argument for everything" ;;
 esac
 
-candidates=(python3 python3.12 python3.11 python3.10)
+candidates=(python3 python3.13 python3.12 python3.11 python3.10)
 if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
 
 find_python() {
     local candidate
     for candidate in "${candidates[@]}"; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    fail "no Python 3.10, 3.11 or 3.12 found (tried: ${candidates[*]}):" \
+    fail "no Python 3.10 to 3.13 found (tried: ${candidates[*]}):" \
         "install one, or set PYTHON=/path/to/python3.11"
 }
 

@@ -67,7 +67,7 @@ choose_srun() {
 share_batch() {
     local at_once=$((gpus * BATCH_SIZE))
     update_freq=1
-    batch="$gpus GPUs x $BATCH_SIZE videos"
+    batch="$gpus GPU$( ((gpus == 1)) || echo s) x $BATCH_SIZE videos"
     if [[ -z $TOTAL_BATCH ]]; then return; fi
     ((TOTAL_BATCH % gpus == 0)) ||
         fail "$gpus GPUs cannot share a total batch of $TOTAL_BATCH: use a number of GPUs that divides it"

@@ -160,6 +160,16 @@ def test_class_folders_are_split_alike_in_any_order_with_a_share_of_each_class()
     assert read_class_folders(videos[::-1], val_fraction=0.1) == (found, classes, left_out)
 
 
+def test_class_folders_set_aside_a_test_of_its_own_and_the_same_validation_as_without():
+    videos = [PurePath(f"{name}/{k}.mp4") for name in "ab" for k in range(20)]
+    without = read_class_folders(videos, val_fraction=0.1)[0].listed
+    listed = read_class_folders(videos, val_fraction=0.1, test_fraction=0.2)[0].listed
+    assert listed["val"] == without["val"]
+    assert sorted(label for _, label in listed["test"]) == 4 * [0] + 4 * [1]
+    parts = [{path for path, _ in listed[split]} for split in ("train", "val", "test")]
+    assert sum(map(len, parts)) == 40 and set.union(*parts) == set(videos)
+
+
 def test_class_folders_in_folders_of_splits_keep_those():
     videos = [PurePath(p) for p in ("train/a/1.mp4", "train/b/2.mp4", "validation/b/3.mp4", "extra/b/4.mp4")]
     found, classes, left_out = read_class_folders(videos, val_fraction=0.5)

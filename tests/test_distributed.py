@@ -279,5 +279,5 @@ def test_tasks_of_srun_end_when_one_freezes(flags, start):
     os.kill(ranks[1].process.pid, signal.SIGSTOP)
     assert ranks[0].process.wait(60) == 1
     assert 6 <= time.monotonic() - began < 18
-    assert "2 processes x 1 videos" in ranks[0].output
+    assert "2 processes x 1 video " in ranks[0].output
     assert f"rank 1 on host {HOST} has sent no heartbeat for" in ranks[0].output

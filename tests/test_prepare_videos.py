@@ -371,7 +371,7 @@ def test_a_data_set_is_made_and_listed_in_one_go_and_missing_videos_are_named(tm
     assert (out / "test.csv").read_text() == (out / "val.csv").read_text()
     assert (out / "labels.txt").read_text() == "Archery\nBowling\n"
     assert rows(out / "missing_videos.csv") == [{"split": "train", "video": "Bowling/v_2"}]
-    assert "train.csv: 1 videos, 1 missing" in done.stdout
+    assert "train.csv: 1 video, 1 missing" in done.stdout
     assert prepare(*which, "--lists_only", "--strict").returncode == 1
 
 
@@ -417,3 +417,23 @@ def test_check_of_a_folder_without_lists_looks_at_its_videos(tmp_path):
     done = prepare("--check", "--input", tmp_path, "--workers", 1)
     assert done.returncode == 1
     assert [os.path.basename(row["path"]) for row in rows(tmp_path / "check.csv")] == ["b.mp4"]
+
+
+def test_class_folders_get_a_test_of_their_own_or_a_warning(tmp_path):
+    touched = [tmp_path / name / f"{k}.mp4" for name in "ab" for k in range(10)]
+    for path in touched:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    flags = ("--lists_only", "--output", tmp_path, "--data_set", "folders")
+    done = prepare(*flags)
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    assert "test.csv: 2 videos" in done.stdout and "train.csv: 16 videos" in done.stdout
+    assert not set((tmp_path / "test.csv").read_text().split()) & set((tmp_path / "val.csv").read_text().split("\n"))
+    done = prepare(*flags, "--test_fraction", 0)
+    assert done.returncode == 0 and "val.csv and test.csv list the same videos" in done.stderr
+    assert (tmp_path / "test.csv").read_text() == (tmp_path / "val.csv").read_text()
+    for path in touched[2:10]:  # too few of one class, so a tenth is none
+        path.unlink()
+    assert "test.csv: 1 video," in prepare(*flags).stdout
+    done = prepare(*flags, "--test_fraction", 0.9)
+    assert done.returncode == 1 and "--test_fraction" in done.stderr

@@ -313,7 +313,7 @@ def test_another_batch_size_goes_on_where_the_videos_are(data, tmp_path, monkeyp
         signal_at(patch, 3, signal.SIGTERM)
         run("pretraining", data, tmp_path)
     resumed = run("pretraining", data, tmp_path, "--batch_size", "1", "--lr", "0.1")
-    assert "a step was 1 processes x 2 videos x 1 batches = 2, now it is 1 processes x 1 videos" in resumed.stdout
+    assert "a step was 1 process x 2 videos x 1 batch = 2, now it is 1 process x 1 video " in resumed.stdout
     assert "the epoch continues at its video 6" in resumed.stdout
     assert "changed since then: --lr 0.05 -> 0.1" in resumed.stdout
     assert resumed.returncode == 0 and "step 9/18" in resumed.stdout
@@ -473,7 +473,7 @@ def test_another_number_of_processes_goes_on_within_the_epoch(data, straight, tm
         processes=2,
     )
     assert one.returncode == resumed.returncode == 0, resumed.stderr
-    assert "now it is 2 processes x 1 videos x 1 batches = 2" in resumed.stdout
+    assert "now it is 2 processes x 1 video x 1 batch = 2" in resumed.stdout
     assert "the epoch continues at its video 4" in resumed.stdout
     theirs = end_state(tmp_path / "one")["model"]
     for name, value in end_state(tmp_path / "two")["model"].items():

@@ -118,11 +118,12 @@ def test_a_setting_unlike_that_of_the_file_is_named_with_both_values(data, tmp_p
 
 
 @pytest.mark.parametrize("probe", [{"kind": "linear", "batch_norm": True}, {"kind": "attentive", "batch_norm": False}])
-def test_a_probe_is_tested_with_its_own_flags_only(data, tmp_path, probe):
+def test_a_probe_is_tested_with_its_own_flags_or_none(data, tmp_path, probe):
     path = write(tmp_path / "probe.pth", probe=probe)
     own = ["--linear_probe", "--probe_batch_norm"] if probe["kind"] == "linear" else ["--attentive_probe"]
-    others = [["--linear_probe"], ["--attentive_probe", "--probe_batch_norm"], []]
-    assert run(data, tmp_path / "out", "--eval", "--finetune", path, *own).returncode == 0
+    others = [["--linear_probe"], ["--attentive_probe", "--probe_batch_norm"]]
+    for flags in (own, []):
+        assert run(data, tmp_path / "out", "--eval", "--finetune", path, *flags).returncode == 0
     for flags in others:
         done = run(data, "", "--eval", "--finetune", path, *flags)
         assert_refused(done, "was trained with probe = " + probe["kind"], "--probe_batch_norm")
@@ -131,7 +132,7 @@ def test_a_probe_is_tested_with_its_own_flags_only(data, tmp_path, probe):
 @pytest.mark.parametrize(
     ("made", "flags", "word"),
     [
-        ({"mean_pooling": False}, [], "fc_norm.weight"),
+        ({"mean_pooling": False}, ["--use_mean_pooling"], "fc_norm.weight"),
         ({}, ["--use_cls"], "norm.weight"),
         ({"pos_embed": None}, ["--pos_embed", "learnable"], "pos_embed"),
         ({"probe": {"kind": "linear", "batch_norm": True}}, ["--linear_probe"], "norm.running_mean"),
@@ -142,6 +143,40 @@ def test_a_probe_is_tested_with_its_own_flags_only(data, tmp_path, probe):
 def test_files_that_tell_nothing_must_have_all_that_the_model_has(data, tmp_path, made, flags, word):
     path = write(tmp_path / "file.pth", told=False, **made)
     assert_refused(run(data, "", "--eval", "--finetune", path, *flags), str(path), word)
+
+
+# --- what a checkpoint says need not be said again ---
+
+
+SHORT = ("--batch_size", "4", "--num_workers", "0", "--amp", "off", "--device", "cpu", "--decoder", "pyav")
+
+
+def test_an_evaluation_takes_all_it_can_from_the_checkpoint_and_flags_win(data, tmp_path):
+    """Model, frames, pixels, pooling, classes, data set, clips and views, against the flags of the training."""
+    flags = ["--use_cls", "--test_num_segment", "2", "--view_fusion", "logits", "--short_side_size", "40"]
+    trained = run(data, tmp_path / "run", *flags)
+    assert trained.returncode == 0, trained.stderr
+    best = tmp_path / "run" / "checkpoint-best.pth"
+    short = [*SHORT, "--data_path", data, "--eval", "--finetune", best, "--output_dir"]
+    done = start(main, *short, tmp_path / "short")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "short" / "test.json").read_text() == (tmp_path / "run" / "test.json").read_text()
+    done = start(main, *short, tmp_path / "less", "--test_num_segment", "1", "--view_fusion", "softmax")
+    assert "x 1 view\n" in done.stdout
+    assert json.loads((tmp_path / "less" / "test.json").read_text())["view_fusion"] == "softmax"
+
+
+def test_an_evaluation_reads_shapes_where_a_checkpoint_of_others_says_nothing(data, tmp_path):
+    path = write(tmp_path / "file.pth", told=False, mean_pooling=False, pos_embed=None)
+    told = ["--num_frames", "4", "--input_size", "32", "--data_set", "custom", "--sampling_rate", "1"]
+    done = start(main, *SHORT, "--data_path", data, "--eval", "--finetune", path, *told)
+    assert done.returncode == 0 and "vit_tiny_patch8_64" in done.stdout, done.stderr
+
+
+def test_the_result_has_whole_numbers_of_videos_and_one_process(data, tmp_path):
+    done = run(data, "", "--eval", "--finetune", write(tmp_path / "file.pth"))
+    assert "1 process x 4 videos" in done.stdout and "5 videos x 1 view\n" in done.stdout
+    assert "videos 5  unreadable 0  not_finite 0" in done.stdout
 
 
 def test_the_best_of_a_probe_is_tested_behind_its_training_command(data, pretrained, tmp_path):
@@ -304,16 +339,16 @@ def test_unreadable_videos_are_wrong_in_their_class_unless_skipped():
     ("flags", "words"),
     [
         (["--labels", "nowhere.txt"], "--labels nowhere.txt can't be read"),
-        (["--drop_path", "1"], "--drop_path 1.0"),
+        (["--drop_path", "1"], "--drop_path 1 "),
         (["--drop", "-0.1"], "--drop -0.1"),
         (["--attn_drop_rate", "1.5"], "--attn_drop_rate 1.5"),
         (["--fc_drop_rate", "nan"], "--fc_drop_rate nan"),
-        (["--reprob", "2"], "--reprob 2.0"),
-        (["--smoothing", "-1"], "--smoothing -1.0"),
+        (["--reprob", "2"], "--reprob 2 "),
+        (["--smoothing", "-1"], "--smoothing -1 "),
         (["--mixup_prob", "1.1"], "--mixup_prob 1.1"),
-        (["--mixup_switch_prob", "-1"], "--mixup_switch_prob -1.0"),
-        (["--mixup", "-1"], "--mixup -1.0"),
-        (["--cutmix", "-1"], "--cutmix -1.0"),
+        (["--mixup_switch_prob", "-1"], "--mixup_switch_prob -1 "),
+        (["--mixup", "-1"], "--mixup -1 "),
+        (["--cutmix", "-1"], "--cutmix -1 "),
         (["--crop_scale", "1", "0.5"], "--crop_scale 1.0 0.5"),
         (["--cutmix_minmax", "0", "0.5"], "--cutmix_minmax 0.0 0.5"),
         (["--probe_batch_norm"], "--probe_batch_norm"),

@@ -155,7 +155,7 @@ def test_processes_count_each_video_once(straight, data, tmp_path, processes):
 
 def test_two_processes_train(data, tmp_path):
     done = finetune(data, tmp_path, "--epochs", "1", "--batch_size", "2", processes=2)
-    assert "2 processes x 2 videos x 1 batches a step = 4" in done.stdout
+    assert "2 processes x 2 videos x 1 batch a step = 4" in done.stdout
 
 
 def test_logits_can_be_averaged_instead(straight, data, tmp_path):

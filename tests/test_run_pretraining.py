@@ -9,6 +9,7 @@ from golden import ROOT
 from programs import Done, start, start_process
 from videos import write_list, write_videos
 
+import run_class_finetuning
 from masking_generator import RULES
 from modeling_pretrain import create_pretrain_model
 from run_mae_pretraining import check_settings, get_args_parser, main
@@ -107,7 +108,7 @@ def test_a_run_with_decoder_masking_resumes_exactly_and_may_go_on_without(straig
     assert any(not torch.equal(theirs[k], value) for k, value in weights(straight[0], 1).items())
     (tmp_path / "resumed" / "checkpoint-1.pth").unlink()
     resumed = pretrain(data, tmp_path / "resumed")
-    assert "--decoder_mask_ratio 0.5 -> 0.0" in resumed.stdout + resumed.stderr
+    assert "--decoder_mask_ratio 0.5 -> 0" in resumed.stdout + resumed.stderr
 
 
 def test_a_damaged_checkpoint_is_passed_over(straight, data, tmp_path):
@@ -162,7 +163,7 @@ def test_variants_run(data, tmp_path, flags):
 def test_two_processes(data, tmp_path):
     """torchrun with two gloo ranks trains, and only one of them writes."""
     done = pretrain(data, tmp_path, "--epochs", "1", "--batch_size", "2", processes=2)
-    assert "2 processes x 2 videos x 1 batches a step = 4" in done.stdout
+    assert "2 processes x 2 videos x 1 batch a step = 4" in done.stdout
     assert len(log(tmp_path)) == 1
 
 
@@ -283,6 +284,67 @@ def test_flags_reach_model_engine_and_schedule(data):
     schedule = build_schedule(args, World(torch.device("cpu"), 0, 1), 50)
     assert schedule(0)[0] == 0 and schedule(2)[0] == args.lr > schedule(4)[0]
     assert schedule(0)[1] == pytest.approx(args.weight_decay) and schedule(99)[1] == pytest.approx(0.2, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("parser", "flags", "warmup"),
+    [
+        (get_args_parser, "", 40),
+        (get_args_parser, "--epochs 2400", 40),
+        (get_args_parser, "--epochs 100", 5),
+        (get_args_parser, "--epochs 10", 0.5),
+        (get_args_parser, "--epochs 100 --warmup_epochs 40", 40),
+        (run_class_finetuning.get_args_parser, "", 5),
+        (run_class_finetuning.get_args_parser, "--epochs 100", 5),
+        (run_class_finetuning.get_args_parser, "--epochs 12", 2),
+        (run_class_finetuning.get_args_parser, "--epochs 12 --warmup_epochs 5", 5),
+    ],
+)
+def test_the_default_warmup_is_the_published_one_and_its_share_of_a_short_run(parser, flags, warmup):
+    args = parser().parse_args(flags.split())
+    assert args.warmup_epochs == pytest.approx(warmup)
+    args.batch_size, args.schedule = 256, "steps"
+    schedule = build_schedule(args, World(torch.device("cpu"), 0, 1), 60)
+    rates = [schedule(step)[0] for step in range(60 * args.epochs)]
+    assert rates.index(max(rates)) == round(60 * warmup) - 1 and max(rates) == pytest.approx(args.lr)
+
+
+def test_a_resumed_run_keeps_its_warmup_unless_a_flag_says_otherwise(data, tmp_path):
+    place = SMALL_RUN.index("--warmup_epochs")
+    flags = [*SMALL_RUN[:place], *SMALL_RUN[place + 2 :], "--data_path", data / "list.csv", "--output_dir", tmp_path]
+
+    def warmup(*more) -> tuple[float, str]:
+        done = start(main, *flags, *more)
+        assert done.returncode == 0, done.stderr
+        newest = max(tmp_path.glob("checkpoint-[0-9]*.pth"), key=lambda path: path.stat().st_mtime_ns)
+        return torch.load(newest, weights_only=True)["args"]["warmup_epochs"], done.stdout
+
+    assert warmup("--epochs", "1")[0] == pytest.approx(1 / 20)
+    value, out = warmup("--epochs", "2")
+    assert value == pytest.approx(1 / 20) and "--warmup_epochs" not in out
+    assert "--warmup_epochs 0.05 -> 1" in warmup("--epochs", "3", "--warmup_epochs", "1")[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lr", "1.5e-4"], ["peak learning rate of 2.3e-06", "--update_freq", "total batch is 4", "raise --lr"]),
+        (["--lr", "2.5e-3"], ["peak learning rate of 3.9e-05"]),
+        (["--lr", "3e-3"], []),
+        (["--lr", "1.5e-4", "--opt", "sgd"], []),
+    ],
+)
+def test_a_peak_rate_that_learns_nothing_is_a_warning_in_one_line(data, tmp_path, flags, words):
+    done = pretrain(data, tmp_path, "--epochs", "1", *flags)
+    assert len(done.stderr.splitlines()) == bool(words)
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_the_first_step_is_told_at_once(data, tmp_path):
+    done = pretrain(data, tmp_path, "--epochs", "1", "--log_freq", "20")
+    lines = done.stdout.splitlines()
+    (first,) = [k for k, line in enumerate(lines) if re.match(r"step 1/2 done after [\d.]+ s$", line)]
+    assert re.match("epoch 0  step 2/2", lines[first + 1])
 
 
 def test_published_flags_and_defaults():

@@ -23,8 +23,9 @@ from utils import World
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
-PRETRAINING = sorted(ROOT.glob("scripts/*/pretrain_*.sh"))
-FINETUNING = sorted(ROOT.glob("scripts/*/finetune_*.sh"))
+OWN = sorted(ROOT.glob("scripts/own/*.sh"))
+PRETRAINING = sorted({*ROOT.glob("scripts/*/pretrain_*.sh")} - {*OWN})
+FINETUNING = sorted({*ROOT.glob("scripts/*/finetune_*.sh")} - {*OWN})
 SCRATCH = sorted(ROOT.glob("scripts/*/scratch_*.sh"))
 PROBES = sorted(ROOT.glob("scripts/*/probe_*.sh"))
 EVALUATIONS = sorted(ROOT.glob("scripts/*/evaluate.sh"))
@@ -183,6 +184,34 @@ def test_document_lists_recipe_with_its_numbers(recipe):
     assert f"| {number_to_reproduce(recipe)} " in row
 
 
+@of_every(*OWN)
+def test_recipe_for_own_videos_does_what_its_head_says(recipe):
+    classes = ["--nb_classes", "7"] if "finetune" in recipe.name else []
+    args, text = parsed(recipe, *classes), recipe.read_text()
+    batch, freq, total = map(int, re.search(r"# 1 GPU x (\d+) x (\d+) accumulated = (\d+) ", text).groups())
+    assert (args.batch_size, args.update_freq, batch * freq) == (batch, freq, total)
+    assert f"{args.epochs} epochs" in text and f"_{args.epochs}e.sh" in recipe.name
+    assert args.lr * total / 256 in (pytest.approx(2.25e-4), pytest.approx(2.5e-4))  # VideoMAE's UCF101
+    assert recipe.name in (ROOT / "docs/own_videos.md").read_text()
+    for epochs in (100, args.epochs):  # the warm-up stays a share of the run
+        short = parsed(recipe, *classes, "--epochs", str(epochs))
+        assert 0 < short.warmup_epochs <= epochs / 20
+    if classes:
+        assert counterpart(recipe) in OWN
+        assert (args.data_set, args.nb_classes, args.test_last) == ("custom", 7, False)
+
+
+@of_every(*PRETRAINING)
+def test_the_warmup_of_a_published_recipe_is_the_published_one(recipe):
+    args = parsed(recipe)
+    assert args.warmup_epochs == (5 if "mae_st" in recipe.name else 40)
+
+
+@of_every(*FINETUNING)
+def test_the_warmup_of_a_published_finetuning_is_5_epochs(recipe):
+    assert parsed(recipe).warmup_epochs == 5
+
+
 @of_every(*FINETUNING, *SCRATCH)
 def test_document_lists_settings_of_a_finetuning_recipe(recipe):
     args, row = parsed(recipe), documented_row(recipe, "FINETUNE.md")
@@ -244,6 +273,7 @@ def test_documents_name_only_flags_of_the_programs():
         "FINETUNE.md": flags_of("run_class_finetuning.py") | tools,
         "DATASET.md": flags_of(*PARSERS) | tools,
         "MODELS.md": flags_of("run_class_finetuning.py") | tools,
+        "docs/own_videos.md": flags_of(*PARSERS),
     }
     launchers = "".join((ROOT / "scripts" / name).read_text() for name in ("slurm.sh", "launch.sh"))
     theirs = set(re.findall(r"--[a-z][a-z_]*", launchers)) | {"--help"}
@@ -262,7 +292,7 @@ def test_arguments_and_environment_override_the_recipe(tmp_path):
     assert (args.data_path, args.output_dir, args.log_dir) == ("a list.csv", str(out), str(out))
 
 
-@of_every(*PRETRAINING, *FINETUNING, *SCRATCH, *PROBES, *EVALUATIONS)
+@of_every(*PRETRAINING, *FINETUNING, *SCRATCH, *PROBES, *EVALUATIONS, *OWN)
 def test_recipe_needs_a_gpu_unless_told_otherwise(recipe):
     assert parsed(recipe).device == "cuda"
     assert parsed(recipe, "--device", "cpu").device == "cpu"
@@ -388,7 +418,7 @@ def fake_python(path: Path, body: str) -> Path:
 @pytest.mark.parametrize(
     ("argument", "body", "message"),
     [
-        ("", "exit 1", "no Python 3.10, 3.11 or 3.12 found"),
+        ("", "exit 1", "no Python 3.10 to 3.13 found"),
         ("", '[[ "$2" != venv ]]', "python3-venv"),
         ("everything", "exit 0", "unknown argument 'everything'"),
     ],
@@ -399,6 +429,14 @@ def test_env_says_what_is_missing(checkout, argument, body, message):
     done = run(checkout / "scripts/env.sh", *argument.split(), cwd=checkout.parent, PYTHON=python)
     assert done.returncode == 1
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(("version", "accepted"), [((3, 9), False), ((3, 10), True), ((3, 13), True), ((3, 14), False)])
+def test_env_takes_python_3_10_to_3_13(checkout, version, accepted):
+    text = (ROOT / "scripts/env.sh").read_text()
+    condition = re.search(r"sys\.exit\(not (.+)\)'", text)[1].replace("sys.version_info", "version")
+    assert eval(condition, {"version": version}) == accepted
+    assert (f"python{version[0]}.{version[1]}" in text.partition("candidates=")[2].splitlines()[0]) == accepted
 
 
 def test_env_installs_only_after_a_change_and_starts_anew_after_an_interruption(checkout):

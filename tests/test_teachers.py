@@ -156,7 +156,7 @@ def test_a_program_of_another_kind_is_refused(tmp_path):
             Tokenizer(str(tmp_path / "t.pt2"), patch=8, window=WINDOW, vocab=16, batch=None)
 
 
-def test_pictures_with_and_without_the_teacher(tmp_path):
+def test_pictures_with_and_without_the_teacher(tmp_path, capsys):
     torch.manual_seed(0)
     settings = {"name": "pretrain_videomae_tiny_patch8_64", **SMALL}
     teacher = save(tmp_path / "t.pth", create_pretrain_model(**settings), model_settings=settings)
@@ -166,19 +166,10 @@ def test_pictures_with_and_without_the_teacher(tmp_path):
     video = write_video(tmp_path / "a.mp4", 30)
 
     def arguments(*flags):
-        given = [
-            "--model",
-            student,
-            "--video",
-            str(video),
-            "--output",
-            str(tmp_path / "out"),
-            "--device",
-            "cpu",
-            *flags,
-        ]
-        return visualize.get_args_parser().parse_args(given)
+        given = ["--model", student, str(video), "--output", str(tmp_path / "out"), "--device", "cpu", *flags]
+        return visualize.parse_args(given)
 
+    held = torch.load(student, weights_only=True)
     for flags in ([], ["--teacher", teacher]):
         assert visualize.draw(arguments(*flags, "--compare_masks")) == 0
         assert Image.open(tmp_path / "out" / "a.png").width > 500
@@ -190,6 +181,13 @@ def test_pictures_with_and_without_the_teacher(tmp_path):
         UserError, match=r"this is the --teacher of sha256 .*, the model was trained with the --teacher of"
     ):
         visualize.load_model(arguments("--teacher", other))
+
+    def error_is_known(file) -> bool:  # the checkpoint's run had this file, and no flag names one
+        torch.save({**held, "args": {"teacher": str(file)}}, student)
+        return visualize.load_model(arguments())[1].target.ready
+
+    assert error_is_known(teacher) and not error_is_known(other) and not error_is_known(tmp_path / "gone.pth")
+    assert "the model was trained with" in capsys.readouterr().err
 
 
 def test_the_report_refuses_a_model_that_needs_its_teacher(tmp_path):

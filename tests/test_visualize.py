@@ -266,7 +266,7 @@ def test_draws_a_gif_and_a_png_for_each_video(tmp_path, checkpoint, monkeypatch)
     videos = [write_video(tmp_path / name, 30) for name in ("a/clip.mp4", "b/clip.mp4", "b/clip.avi")]
     output = tmp_path / "pictures"
     run(
-        monkeypatch, "--model", checkpoint, "--video", *videos, "--output", output, "--compare_masks",
+        monkeypatch, "--model", checkpoint, *videos, "--output", output, "--compare_masks",
         *("--visible", "predicted"),
     )  # fmt: skip
     names = {str(p.relative_to(output)) for p in output.rglob("*.*")}
@@ -275,6 +275,49 @@ def test_draws_a_gif_and_a_png_for_each_video(tmp_path, checkpoint, monkeypatch)
     for stem in stems:
         assert number_of_frames(output / f"{stem}.gif") == SETTINGS["num_frames"]
         assert number_of_frames(output / f"{stem}.png") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "videos", "ratio"),
+    [
+        (["--compare_masks", "a.mp4"], ["a.mp4"], 0.8),
+        (["a.mp4", "b.mp4", "--compare_masks"], ["a.mp4", "b.mp4"], 0.8),
+        (["--compare_masks", "a.mp4", "b.mp4"], ["a.mp4", "b.mp4"], 0.8),
+        (["--compare_masks", "0.9", "a.mp4", "--three_rows", "b.mp4"], ["a.mp4", "b.mp4"], 0.9),
+        (["a.mp4"], ["a.mp4"], None),
+        (["--list", "val.csv", "--compare_masks"], [], 0.8),
+    ],
+)
+def test_a_video_is_no_ratio(words, videos, ratio):
+    for command in (["--model", "m", "--output", "o", *words], [*words, "--output", "o", "--model", "m"]):
+        args = visualize.parse_args(command)
+        assert (args.videos, args.compare_masks) == (videos, ratio)
+
+
+def test_draws_the_videos_of_a_folder(tmp_path, checkpoint, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    write_video(tmp_path / "in" / "x.mp4", 30)
+    run(monkeypatch, "--model", checkpoint, "--output", tmp_path / "out", "--compare_masks", tmp_path / "in")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"x.gif", "x.png", "x_masks.png"}
+    assert capsys.readouterr().out.startswith("1 video\n")
+
+
+@pytest.mark.parametrize("words", [[], ["a.mp4", "--list", "val.csv"]])
+def test_videos_come_from_one_source(tmp_path, checkpoint, monkeypatch, words):
+    with pytest.raises(SystemExit, match="name the videos to draw, or their --list, and not both"):
+        run(monkeypatch, "--model", checkpoint, "--output", tmp_path, *words)
+
+
+def test_frames_are_chosen_as_in_training_unless_a_flag_says_otherwise(tmp_path, model):
+    path = tmp_path / "m.pth"
+    flags = {"sampling": "mae_st", "sampling_rate": 3}
+    save_checkpoint(path, {"model": model.state_dict(), "model_settings": SETTINGS, "args": flags})
+
+    def clips(*more):
+        return visualize.load_model(visualize.parse_args(["--model", str(path), "--output", "o", "a.mp4", *more]))[2]
+
+    assert clips() == flags
+    assert clips("--sampling", "pretrain", "--sampling_rate", "2") == {"sampling": "pretrain", "sampling_rate": 2}
 
 
 def test_a_gif_keeps_the_colours(tmp_path, model, pixels):
@@ -316,8 +359,8 @@ def test_the_clip_is_the_middle_of_the_frame(tmp_path):
 
 def read_training(path):
     found = load_weights(path)
-    settings, sampling_rate = visualize.read_training(pretrain_settings(found), found.flags, patch=8)
-    return settings.target.normalize, sampling_rate
+    settings, clips = visualize.read_training(pretrain_settings(found), found.flags, patch=8)
+    return settings.target.normalize, clips["sampling_rate"]
 
 
 def test_reads_how_the_model_was_trained(tmp_path, checkpoint):
@@ -335,7 +378,7 @@ def test_a_broken_video_is_reported_and_the_others_are_drawn(tmp_path, checkpoin
     output = tmp_path / "pictures"
     videos = [tmp_path / "broken.mp4", tmp_path / "missing.mp4", good]
     with pytest.raises(SystemExit, match="2 of the videos could not be read"):
-        run(monkeypatch, "--model", checkpoint, "--video", *videos, "--output", output)
+        run(monkeypatch, "--model", checkpoint, *videos, "--output", output)
     errors = capsys.readouterr().err
     assert re.search(r"broken\.mp4: .+", errors)
     assert re.search(r"missing\.mp4: .+", errors)
@@ -356,7 +399,7 @@ def test_a_broken_video_is_reported_and_the_others_are_drawn(tmp_path, checkpoin
     ],
 )
 def test_a_wrong_setting_is_one_clear_line(tmp_path, checkpoint, monkeypatch, flags, message):
-    words = ["--model", checkpoint, "--video", "a.mp4", "--output", tmp_path, *flags]
+    words = ["--model", checkpoint, "a.mp4", "--output", tmp_path, *flags]
     with pytest.raises(SystemExit, match=message) as caught:
         run(monkeypatch, *words)
     assert "\n" not in str(caught.value)
@@ -366,7 +409,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "weights.pth"
     path.write_text("not a checkpoint")
     with pytest.raises(SystemExit, match=r"weights\.pth: not a readable checkpoint"):
-        run(monkeypatch, "--model", path, "--video", "a.mp4", "--output", tmp_path)
+        run(monkeypatch, "--model", path, "a.mp4", "--output", tmp_path)
     save_checkpoint(path, {"model": {"head.weight": torch.zeros(1)}})
     with pytest.raises(SystemExit, match=r"weights\.pth: not a pre-training checkpoint"):
-        run(monkeypatch, "--model", path, "--video", "a.mp4", "--output", tmp_path)
+        run(monkeypatch, "--model", path, "a.mp4", "--output", tmp_path)

@@ -56,7 +56,7 @@ from tools.inference.trained import (
 )
 from tools.inference.windows import Unreadable, Windows, collate
 from tools.preparing.planning import target_names
-from utils import whole_file
+from utils import counted, whole_file
 
 POOLS = ("mean", "frame", "tokens")
 
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         write_features(file, found, {"model": args.model, **about})
     made, there = len(todo) - failed, len(videos) - len(todo)
-    print(f"{len(videos)} videos: {made} written, {there} there already, {failed} unreadable")
+    print(f"{counted(len(videos), 'video')}: {made} written, {there} there already, {failed} unreadable")
     return failed
 
 

@@ -29,7 +29,7 @@ from datasets import ClipSettings, EvalDataset
 from evaluation import fuse_views
 from loaders import LoadSettings, build_evaluation_loader
 from tools.inference.trained import Trained, check_flags, find_videos, inference_parser, load_trained, run_tool
-from utils import whole_file
+from utils import counted, whole_file
 
 
 # fmt: off
@@ -99,7 +99,7 @@ def predict(args: argparse.Namespace) -> int:
     trained = load_trained(args, lambda text: print(text, file=sys.stderr), headless=False)
     clips, num_classes = trained.clips, trained.model.head.out_features
     names = read_labels(args.labels, num_classes).names if args.labels else trained.class_names
-    print(f"{len(paths)} videos x {clips.segments} x {clips.crops} views", file=sys.stderr)
+    print(f"{counted(len(paths), 'video')} x {clips.segments} x {clips.crops} views", file=sys.stderr)
     loader = build_loader(
         trained, paths, batch_size=args.batch_size, decoder=args.decoder, num_workers=args.num_workers
     )

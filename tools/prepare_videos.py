@@ -17,9 +17,10 @@ Array jobs. --shard 3/16 takes the third of 16 parts of the videos and writes ba
 are done, one run with --lists_only writes the lists.
 
 Lists. train.csv, val.csv, test.csv and labels.txt in --output list the videos below it: those of a published
-data set with --data_set and --annotations, or those in folders named after classes with --data_set folders.
-missing_videos.csv names annotated videos that are not there. If --input is a list, a list of the same name in
---output has its labels and the new paths. Without --lists_only, lists are written after the videos.
+data set with --data_set and --annotations, or those in folders named after classes with --data_set folders, which
+sets --val_fraction and --test_fraction of each class aside. missing_videos.csv names annotated videos that are not
+there. If --input is a list, a list of the same name in --output has its labels and the new paths. Without
+--lists_only, lists are written after the videos.
 
 Check. --check reads the lists in the folder --input (train.csv, val.csv, test.csv), or the list --input, or all
 videos of a folder without lists: every line, and the first, middle and last frame of every video. Each error is
@@ -53,7 +54,12 @@ from tools.preparing.listing import match, match_list, read_class_folders, write
 from tools.preparing.planning import Job, plan_jobs, record_settings, shard_name, take_shard
 from tools.preparing.transcode import PRESETS, Encoding, WritingFailed, make_video, sweep
 from tools.preparing.workers import failure_file, run_tasks, summarise
-from utils import SettingError, UserError
+from utils import SettingError, UserError, counted
+
+NO_TEST = (
+    "prepare_videos.py: warning: val.csv and test.csv list the same videos, so the accuracy of the best epoch on them "
+    "will be too high: set --val_fraction and --test_fraction, add folders val and test, or fine-tune with --test_last"
+)
 
 
 # fmt: off
@@ -88,6 +94,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "test set (default: a copy of val.csv, on which published results are reported)")
     add("--val_fraction", type=float, default=0.1, metavar="FRACTION",
         help="fraction of each class used for val if there are no val or test folders (default: %(default)s)")
+    add("--test_fraction", type=float, default=0.1, metavar="FRACTION",
+        help="the same for test; 0: test.csv is a copy of val.csv (default: %(default)s)")
     add("--lists_only", action="store_true", help="only write the lists of the videos in --output")
 
     add = parser.add_argument_group("check").add_argument
@@ -130,6 +138,8 @@ def check_flags(args: argparse.Namespace) -> None:
         (args.gop < 1, "--gop must be at least 1"),
         (not 0 <= args.crf <= 51, "--crf must be 0 to 51"),
         (not 0 <= args.val_fraction < 1, "--val_fraction must be 0 or more and below 1"),
+        (not 0 <= args.test_fraction < 1 - args.val_fraction, "--test_fraction must be 0 or more, and below 1 together "
+         "with --val_fraction"),
         (args.check and (args.lists_only or args.data_set), "--check can't be combined with --lists_only or "
          "--data_set"),
         (args.input is None and not args.lists_only, "--input is missing: a folder or a list of videos"),
@@ -177,7 +187,8 @@ def make_videos(args: argparse.Namespace, jobs: Sequence[Job]) -> int:
                     write(bad[-1])
     finally:
         sweep(args.output, tag)
-    print(f"{len(jobs)} videos: {len(todo) - len(bad)} made, {len(jobs) - len(todo)} there already, {len(bad)} bad")
+    made, there = len(todo) - len(bad), len(jobs) - len(todo)
+    print(f"{counted(len(jobs), 'video')}: {made} made, {there} there already, {len(bad)} bad")
     summarise(bad, report)
     if todo and len(bad) == len(jobs):
         raise UserError("no video could be read")
@@ -190,9 +201,12 @@ def make_lists(args: argparse.Namespace) -> int:
     if args.data_set is None:
         found = match_list(args.input, args.output, args.data_root)
     elif args.data_set == "folders":
-        found, classes, left_out = read_class_folders(find_videos(args.output), val_fraction=args.val_fraction)
+        fractions = {"val_fraction": args.val_fraction, "test_fraction": args.test_fraction}
+        found, classes, left_out = read_class_folders(find_videos(args.output), **fractions)
         if left_out:
-            print(f"{len(left_out)} videos are in no class folder, the first is {left_out[0]}")
+            print(f"{counted(len(left_out), 'video')} in no class folder, the first is {left_out[0]}")
+        if found.listed["test"] and found.listed["test"] == found.listed["val"]:
+            print(NO_TEST, file=sys.stderr)
     else:
         annotations = READERS[args.data_set](args.annotations, split=args.split, official_test=args.official_test)
         found, classes = match(annotations, find_videos(args.output)), annotations.classes
@@ -202,9 +216,11 @@ def make_lists(args: argparse.Namespace) -> int:
     write_lists(args.output, found, classes)
     missing = Counter(split for split, _ in found.missing)
     for split, videos in found.listed.items():
-        print(f"{split}.csv: {len(videos)} videos, {missing[split]} missing{'' if videos else ': not written'}")
+        print(
+            f"{split}.csv: {counted(len(videos), 'video')}, {missing[split]} missing{'' if videos else ': not written'}"
+        )
     if classes:
-        print(f"labels.txt: {len(classes)} classes")
+        print(f"labels.txt: {counted(len(classes), 'class')}")
     if found.doubtful:
         split, name = found.doubtful[0]
         print(f"{len(found.doubtful)} were found more than once, the first file is listed ({split}: {name})")
@@ -226,7 +242,8 @@ def run_check(args: argparse.Namespace) -> int:
     report, limits = folder / shard_name("check", args.shard), {"workers": args.workers, "timeout": args.timeout}
     bad = check_videos(lines, report, decoder=args.decoder, **limits)
     num_videos = len({line.path for line in lines if line.path})
-    print(f"{len(lists)} lists, {len(lines)} lines, {num_videos} videos: {len(bad)} faults")
+    found = [(len(lists), "list"), (len(lines), "line"), (num_videos, "video")]
+    print(f"{', '.join(counted(*entry) for entry in found)}: {counted(len(bad), 'fault')}")
     summarise([(f"{line.file}, line {line.number}: {line.path}", line.wrong) for line in bad], report)
     return 1 if bad else 0
 

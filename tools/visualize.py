@@ -1,6 +1,6 @@
 """Draws what a pre-trained model does with videos: video | prediction | error | probability | mask.
 
-    python tools/visualize.py --model output/checkpoint-799.pth --video a.mp4 b.mp4 --output output/pictures
+    python tools/visualize.py --model output/checkpoint-799.pth --output output/pictures a.mp4 folder
     python tools/visualize.py --model output/checkpoint-799.pth --list val.csv --output output/pictures
 
 Takes checkpoints of this repository and of the published AdaMAE, VideoMAE and MAE-ST code. It shows the middle of each
@@ -36,11 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules a
 
 from augment import COLOUR_STATISTICS, to_pixels
 from clips.decoders import DECODERS, resolve_decoder
-from clips.frame_indices import pretrain_clip
 from clips.lists import read_list
 from clips.transforms import View, apply_view
 from clips.video import open_video
 from clips.video_index import VideoError
+from datasets import FRAME_RULES
 from masking_generator import visible_count
 from modeling_blocks import TUBELET
 from modeling_finetune import colour_statistics
@@ -48,9 +48,9 @@ from modeling_pretrain import PRETRAIN_MODELS, PretrainVisionTransformer
 from pictures import panels
 from pictures.drawing import animation, filmstrip
 from pictures.reconstruction import SHOW_VISIBLE, PictureSettings, reconstruct
-from tools.inference.trained import run_tool
-from utils import SettingError, choose_device, whole_file
-from weights.names import load_weights
+from tools.inference.trained import find_videos, run_tool
+from utils import SettingError, UserError, choose_device, counted, whole_file
+from weights.names import Weights, load_weights
 from weights.pretraining import load_pretrain_model, pretrain_settings, trained_target
 from weights.teachers import load_same
 
@@ -62,25 +62,26 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, metavar="CKPT",
         help="pre-training checkpoint: a file, a folder of DeepSpeed or Hugging Face, or a repository of its hub")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--video", nargs="+", metavar="FILE", help="videos to draw")
-    source.add_argument("--list", metavar="FILE", help="list of videos, `path [label]` a line")
+    add("videos", nargs="*", metavar="VIDEO", help="video files, and folders to search for them")
+    add("--list", metavar="FILE", help="instead of them, a list of videos, `path [label]` a line")
     add("--data_root", metavar="DIR", help="folder that paths in the list start from (default: the list's)")
     add("--num_clips", type=int, default=8, help="videos of the list, spread evenly (default: %(default)s)")
     add("--output", required=True, metavar="DIR", help="folder for the pictures")
-    add("--teacher", default="", metavar="FILE", help="--teacher that the model was trained with, for the error")
+    add("--teacher", default="", metavar="FILE",
+        help="--teacher that the model was trained with, for the error (default: the file that its run had)")
     add("--tokenizer", default="", metavar="FILE", help="the same of a model that was trained with --tokenizer")
     add("--mask_ratio", type=float, help="share of tokens hidden (default: as in the checkpoint)")
     add("--visible", choices=SHOW_VISIBLE, default="pasted",
         help="what the prediction shows at visible patches: the original, or the decoder's output there, "
              "which no loss has trained (default: %(default)s)")
-    add("--compare_masks", nargs="?", type=float, const=0.8, metavar="RATIO",
+    add("--compare_masks", nargs="?", type=ratio_or_video, const=0.8, metavar="RATIO",
         help="compare the masking rules, at this ratio (0.8 where none is given)")
     add("--three_rows", action="store_true", help="also draw the papers' figure: original, masked, reconstruction")
     add("--error_top", type=float,
         help="end of the error's colour scale (default: 2 for normalised pixels, else the largest error)")
     add("--normalize_target", choices=["true", "false"],
         help="whether the model predicts normalised targets (default: as trained, true if unknown)")
+    add("--sampling", choices=list(FRAME_RULES), help="frame rule (default: as trained)")
     add("--sampling_rate", type=int, help="frames of the video from one to the next (default: as trained, 4)")
     add("--fps", type=float, default=8, help="frames per second of the GIF (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
@@ -90,8 +91,25 @@ def get_args_parser() -> argparse.ArgumentParser:
 # fmt: on
 
 
-def read_training(settings: dict, flags: dict, *, patch: int, **target) -> tuple[PictureSettings, int]:
-    """What pictures must know of a model's training, and its sampling rate; missing flags get published defaults.
+def ratio_or_video(text: str) -> float | str:
+    """What follows --compare_masks: its ratio, or else the first video."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line; videos may stand anywhere in it."""
+    args = get_args_parser().parse_intermixed_args(argv)
+    if isinstance(args.compare_masks, str):
+        args.videos.insert(0, args.compare_masks)
+        args.compare_masks = 0.8
+    return args
+
+
+def read_training(settings: dict, flags: dict, *, patch: int, **target) -> tuple[PictureSettings, dict]:
+    """What pictures must know of a model's training, and its frame rule and rate; missing flags get published defaults.
 
     `target` are further settings of `trained_target`.
     """
@@ -100,7 +118,7 @@ def read_training(settings: dict, flags: dict, *, patch: int, **target) -> tuple
     shown = PictureSettings(
         target=trained_target(settings, flags, patch=patch, **target), normalization=COLOUR_STATISTICS[statistics]
     )
-    return shown, flags.get("sampling_rate", 4)
+    return shown, {"sampling": flags.get("sampling") or family.sampling, "sampling_rate": flags.get("sampling_rate", 4)}
 
 
 def check_settings(args: argparse.Namespace) -> None:
@@ -109,6 +127,8 @@ def check_settings(args: argparse.Namespace) -> None:
     Raises:
         SettingError: the message says what to change.
     """
+    if bool(args.videos) == bool(args.list):
+        raise SettingError("name the videos to draw, or their --list, and not both")
     for name in ("num_clips", "sampling_rate"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise SettingError(f"--{name} {getattr(args, name)} must be at least 1")
@@ -123,10 +143,10 @@ def list_videos(args: argparse.Namespace) -> list[str]:
     """The videos to draw, each once.
 
     Raises:
-        ListError: the list can't be used.
+        ListError, SettingError: the list can't be used, or a folder holds no video.
     """
-    if args.video:
-        return list(dict.fromkeys(args.video))
+    if args.videos:
+        return list(find_videos(args.videos))
     videos = read_list(args.list, args.data_root)
     chosen = np.linspace(0, len(videos) - 1, min(args.num_clips, len(videos)), dtype=int)
     return list(dict.fromkeys(videos[i].path for i in chosen.tolist()))
@@ -144,15 +164,17 @@ def picture_names(paths: Sequence[str]) -> list[Path]:
     return [name if count[name.with_suffix("")] > 1 else name.with_suffix("") for name in names]
 
 
-def load_clip(path: str, model: PretrainVisionTransformer, *, sampling_rate: int, decoder: str) -> Tensor:
-    """The middle of a video as the model takes it: pixels (1,3,T,S,S) in [0,1].
+def load_clip(
+    path: str, model: PretrainVisionTransformer, *, sampling: str = "pretrain", sampling_rate: int, decoder: str
+) -> Tensor:
+    """The middle of a video as the model takes it: pixels (1,3,T,S,S) in [0,1]; `sampling` is a key of `FRAME_RULES`.
 
     Raises:
         VideoError: it can't be read.
     """
     num_frames, size = model.window[0] * TUBELET, model.window[1] * model.patch
     with open_video(path, decoder) as video:
-        frames = video.get_frames(pretrain_clip(video.num_frames, num_frames, sampling_rate))  # (T,3,H,W)
+        frames = video.get_frames(FRAME_RULES[sampling].clip(video, num_frames, sampling_rate, None))  # (T,3,H,W)
     height, width = frames.shape[-2:]
     side = min(height, width)
     view = View((width - side) // 2, (height - side) // 2, side, side)
@@ -204,8 +226,27 @@ def draw_clip(
     return files
 
 
-def load_model(args: argparse.Namespace) -> tuple[PretrainVisionTransformer, PictureSettings, int]:
-    """The model of the flags on its device, what its pictures show, and the sampling rate of its clips.
+def find_frozen(args: argparse.Namespace, found: Weights, model: PretrainVisionTransformer) -> dict:
+    """The frozen network of the model's target: that of the flags, else the file that the run had, if it is there."""
+    named = {name: getattr(args, name) for name in ("teacher", "tokenizer")}
+    had = {name: found.flags.get(name) or "" for name in named}
+    try:
+        if any(named.values()):
+            network = load_same(pretrain_settings(found), model, **named)
+        elif any(Path(file).exists() for file in had.values() if file):
+            network = load_same(pretrain_settings(found), model, **had)
+        else:
+            return {}
+    except UserError as error:
+        if any(named.values()):
+            raise
+        print(f"visualize.py: {error}", file=sys.stderr)
+        return {}
+    return {"teacher": network.place(next(model.parameters()).device, None)}
+
+
+def load_model(args: argparse.Namespace) -> tuple[PretrainVisionTransformer, PictureSettings, dict]:
+    """The model of the flags on its device, what its pictures show, and the frame rule and rate of its clips.
 
     Raises:
         SettingError: the device, the target or a mask ratio can't be used.
@@ -218,25 +259,22 @@ def load_model(args: argparse.Namespace) -> tuple[PretrainVisionTransformer, Pic
         for rule in panels.COMPARED:
             visible_count(rule, args.compare_masks, model.window)
     given = {} if args.normalize_target is None else {"normalize_target": args.normalize_target == "true"}
-    trained = pretrain_settings(found)
-    frozen = {}
-    if args.teacher or args.tokenizer:
-        network = load_same(trained, model, teacher=args.teacher, tokenizer=args.tokenizer)
-        frozen["teacher"] = network.place(device, None)
-    settings, rate = read_training(trained, found.flags | given, patch=model.patch, **frozen)
-    settings = replace(settings, show_visible=args.visible, error_top=args.error_top, seed=args.seed)
-    return model, settings, args.sampling_rate or rate
+    given |= {name: value for name in ("sampling", "sampling_rate") if (value := getattr(args, name)) is not None}
+    frozen = find_frozen(args, found, model)
+    settings, clips = read_training(pretrain_settings(found), found.flags | given, patch=model.patch, **frozen)
+    return model, replace(settings, show_visible=args.visible, error_top=args.error_top, seed=args.seed), clips
 
 
 def draw(args: argparse.Namespace) -> int:
     """Draws every video; returns how many could not be read."""
     check_settings(args)
     paths = list_videos(args)
-    model, settings, rate = load_model(args)
+    print(counted(len(paths), "video"), flush=True)
+    model, settings, clips = load_model(args)
     failed = 0
     for path, name in zip(tqdm(paths, unit="video", disable=None), picture_names(paths), strict=True):
         try:
-            pixels = load_clip(path, model, sampling_rate=rate, decoder=args.decoder)
+            pixels = load_clip(path, model, **clips, decoder=args.decoder)
         except VideoError as error:
             failed += 1
             tqdm.write(f"visualize.py: {error}", file=sys.stderr)
@@ -247,7 +285,7 @@ def draw(args: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
+    args = parse_args()
     run_tool("visualize.py", lambda: draw(args))
 
 

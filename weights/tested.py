@@ -1,14 +1,16 @@
 """What --eval tests: which file, whether it fits the flags, whether all processes have the same weights."""
 
+import argparse
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+from datasets import DATA_SETS
 from modeling_finetune import CLASSIFIERS, VisionTransformer
 from probes import Probe
 from runs.checkpoints import BEST, CheckpointError, epoch_checkpoints
 from utils import World, gather_from_ranks
-from weights.classifier import fit_weights, refuse_grid
+from weights.classifier import classifier_settings, fit_weights, refuse_grid
 from weights.names import Weights, load_weights, plain_name
 
 
@@ -33,6 +35,39 @@ def find_tested(*, finetune: str, resume: str, output_dir: str, last: bool = Fal
         if "head.weight" in found.tensors:
             return found
     raise CheckpointError(f"{path} has no head: --eval needs a fine-tuned checkpoint")
+
+
+# Flags of an evaluation that follow from the run that trained the weights, where its checkpoint has its flags. Those of
+# a data set go together, and a short side belongs to one input size.
+OF_THE_RUN = ("sampling_rate", "imagenet_default_mean_and_std", "view_fusion")
+OF_ITS_DATA = ("data_set", "sampling", "test_num_segment", "test_num_crop")
+OF_ITS_MODEL = {"model": "name", "input_size": "input_size", "tubelet_size": "tubelet", "pos_embed": "pos_embed",
+                "use_mean_pooling": "mean_pooling", "slot_pooling": "slot_pooling"}  # fmt: skip
+
+
+def take_trained(args: argparse.Namespace, given: Collection[str], found: Weights) -> None:
+    """Sets the flags of an evaluation that are not given as the tested checkpoint says, as far as it does.
+
+    Raises:
+        CheckpointError: as `classifier_settings`.
+    """
+    settings, run, found_flags = classifier_settings(found), {}, found.flags
+    run |= {flag: settings[name] for flag, name in OF_ITS_MODEL.items() if settings.get(name) is not None}
+    run |= {name: found_flags[name] for name in OF_THE_RUN if found_flags.get(name) is not None}
+    if not {"num_frames", "num_segments"} & given:
+        run |= {"num_frames": settings["num_frames"], "num_segments": 1}
+    if not {"linear_probe", "attentive_probe", "probe_batch_norm", "probe_blocks"} & given:
+        probe = settings.get("probe") or {"kind": ""}
+        run |= {f"{kind}_probe": probe["kind"] == kind for kind in ("linear", "attentive")}
+        run |= {"probe_batch_norm": probe.get("batch_norm", False), "probe_blocks": probe.get("blocks", 1)}
+    data_set = args.data_set if "data_set" in given else found_flags.get("data_set")
+    if found_flags.get("data_set") in DATA_SETS and found_flags["data_set"] == data_set:
+        run |= {name: found_flags[name] for name in OF_ITS_DATA if found_flags.get(name) is not None}
+    if data_set == "custom" and settings.get("num_classes"):
+        run["nb_classes"] = settings["num_classes"]
+    if "input_size" not in given or args.input_size == settings.get("input_size"):
+        run["short_side_size"] = found_flags.get("short_side_size")
+    vars(args).update({name: value for name, value in run.items() if name not in given})
 
 
 # Settings that the shapes of the weights do not show, and their flags.

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Tests a fine-tuned ViT-B on UCF101, 5 x 3 views.
-# For another size append e.g. --model vit_large_patch16_224.
+# Tests a fine-tuned classifier on UCF101, 5 x 3 views.
+# The model and its clips are read from the checkpoint; flags override them.
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 TOTAL_BATCH=
 BATCH_SIZE=${BATCH_SIZE:-16}
 
-evaluate --model vit_base_patch16_224 --data_set UCF101 \
+evaluate --data_set UCF101 \
     "$@"

@@ -69,12 +69,14 @@ def match_list(file: Path, output: Path, data_root: Path | None) -> Found:
     return found
 
 
-def read_class_folders(videos: Sequence[PurePath], *, val_fraction: float) -> tuple[Found, list[str], list[PurePath]]:
+def read_class_folders(
+    videos: Sequence[PurePath], *, val_fraction: float, test_fraction: float = 0.0
+) -> tuple[Found, list[str], list[PurePath]]:
     """Reads splits and classes from paths such as `class/.../x.mp4` or `train/class/.../x.mp4`.
 
     Classes are numbered alphabetically. If there are neither val nor test folders, `val_fraction` of each class
-    becomes val: the same videos, whatever order they come in. If only one of val and test is there, the other is a
-    copy of it.
+    becomes val and `test_fraction` test: the same videos, whatever order they come in. If only one of val and test has
+    videos, the other is a copy of it.
 
     Returns:
         The videos by split, the names of the classes, and the paths left out: those without a class and, where
@@ -90,14 +92,16 @@ def read_class_folders(videos: Sequence[PurePath], *, val_fraction: float) -> tu
         else:
             members[split, parts[0]].append(path)
     classes = sorted({name for _, name in members})
-    draws_val = {split for split, _ in members} == {"train"}
+    draws = {split for split, _ in members} == {"train"}
     listed = defaultdict(list)
     for (split, name), paths in members.items():
         paths.sort(key=lambda path: (zlib.crc32(os.fsencode(path.as_posix())), path))  # random, yet repeatable
-        held_out = round(len(paths) * val_fraction) if draws_val else 0
-        label = classes.index(name)
-        listed[split] += [(path, label) for path in paths[held_out:]]
-        listed["val"] += [(path, label) for path in paths[:held_out]]
+        label, fractions = classes.index(name), {"val": val_fraction, "test": test_fraction} if draws else {}
+        for drawn, fraction in fractions.items():
+            number = round(len(paths) * fraction)
+            listed[drawn] += [(path, label) for path in paths[:number]]
+            paths = paths[number:]
+        listed[split] += [(path, label) for path in paths]
     listed["val"] = listed["val"] or listed["test"]
     listed["test"] = listed["test"] or listed["val"]
     return Found({split: sorted(listed[split]) for split in SPLITS}, [], []), classes, left_out
