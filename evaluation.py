@@ -71,9 +71,8 @@ def test(
         TrainingDiverged: no score is finite.
     """
     console = Console(total_steps=len(loader), show=world.is_main)
-    console.say(
-        f"testing {tested}: {counted(len(loader.dataset), 'video')} x {counted(len(loader.dataset.views), 'view')}"
-    )
+    views = counted(len(loader.dataset.views), "view")
+    console.say(f"testing {tested}: {counted(len(loader.dataset), 'video')} x {views}")
     fused = score_views(engine, loader, stop=lambda: bool(signals.status), console=console, **scoring)
     scores = fused[fusion]
     if sum_over_ranks(signals.status, world.device):
@@ -84,8 +83,7 @@ def test(
     every = {name: accuracies(fused[name], videos.labels, skip_unreadable=skip_unreadable) for name in FUSIONS}
     found = every[fusion] | {f"{top}_{name}": every[name][top] for name in FUSIONS for top in ("top1", "top5")}
     if world.is_main:
-        texts = (f"{name} {value if isinstance(value, int) else f'{value:.2f}'}" for name, value in found.items())
-        console.say("  ".join(texts))
+        console.say("  ".join(f"{name} {rounded(value)}" for name, value in found.items()))
         picture = show_confusions(scores, class_names or numbers(scores), console)
         log.results(found, picture)
         if output_dir:
@@ -98,6 +96,10 @@ def test(
         for _, path, reason in scores.bad:
             print(f"unreadable test video: {path}: {reason}", file=sys.stderr)
     return 1 if scores.bad and not skip_unreadable else 0
+
+
+def rounded(value: int | float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
 def score_views(

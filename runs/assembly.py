@@ -207,10 +207,9 @@ def build_run(
     args, world, console = session.args, session.world, session.console
     warn_of_low_rate(args, world, console)
     about = {"args": vars(args), "model_settings": model_settings, "class_names": list(class_names)}
-    known = {"given": session.flags.given, "world": world, "console": console}
-    start = resume(engine, sampler, about, session.flags.neutral, **known)
-    session.log.settings(vars(args))
     shared = {"engine": engine, "sampler": sampler, "world": world, "console": console}
+    start = resume(**shared, about=about, neutral=session.flags.neutral, given=session.flags.given)
+    session.log.settings(vars(args))
     votes = Votes(timeout=1.5 * args.dist_timeout)  # longer than the watchdog's limit, which reports more
     session.to_close.callback(votes.close)
     checkpoints = Checkpoints(
