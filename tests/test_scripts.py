@@ -54,7 +54,7 @@ def run(script: Path, *arguments: str, cwd: Path = ROOT, **environment) -> subpr
 
 def command_of(recipe: Path, *arguments: str, **environment) -> list[str]:
     """The command that a recipe would run, on one machine with one GPU unless `environment` says more."""
-    defaults = {"DRY_RUN": 1, "DATA_PATH": "the data", "MODEL": os.devnull, "NPROC_PER_NODE": 1}
+    defaults = {"DRY_RUN": 1, "DATA_PATH": os.devnull, "MODEL": os.devnull, "NPROC_PER_NODE": 1}
     done = run(recipe, *arguments, **(defaults | environment))
     assert done.returncode == 0, done.stderr
     return shlex.split(done.stdout)
@@ -197,6 +197,13 @@ def test_finetuning_is_to_reach_what_pretraining_promises(recipe):
     assert number_to_reproduce(recipe) == number_to_reproduce(counterpart(recipe))
 
 
+@of_every(*(recipe for recipe in FINETUNING if counterpart(recipe).is_file()))
+def test_finetuning_starts_by_default_from_the_end_of_its_own_pretraining(recipe):
+    before = parsed(counterpart(recipe))
+    expected = Path(before.output_dir) / f"checkpoint-{before.epochs - 1}.pth"
+    assert parsed(recipe, MODEL="", MODEL_MAY_COME=1).finetune == str(expected)
+
+
 def test_mae_sts_recipe_has_its_published_rates_and_arithmetic():
     """Its base rate counts copies and its final rate does not scale; float32, frames of 256 pixels."""
     args = parsed(ROOT / "scripts/kinetics/finetune_mae_st_large_100e_50e.sh", NPROC_PER_NODE=2)
@@ -256,10 +263,11 @@ def test_documents_name_only_flags_of_the_programs():
 
 
 def test_arguments_and_environment_override_the_recipe(tmp_path):
-    out = tmp_path / "a folder"
-    args = parsed(ADAMAE, "--epochs", "3", "--decoder", "decord", BATCH_SIZE=16, DATA_PATH="a list.csv", OUTPUT_DIR=out)
+    out, data = tmp_path / "a folder", tmp_path / "a list.csv"
+    data.touch()
+    args = parsed(ADAMAE, "--epochs", "3", "--decoder", "decord", BATCH_SIZE=16, DATA_PATH=data, OUTPUT_DIR=out)
     assert (args.epochs, args.decoder, args.batch_size, args.update_freq) == (3, "decord", 16, 128)
-    assert (args.data_path, args.output_dir, args.log_dir) == ("a list.csv", str(out), str(out))
+    assert (args.data_path, args.output_dir, args.log_dir) == (str(data), str(out), str(out))
 
 
 @of_every(*PRETRAINING, *FINETUNING, *SCRATCH, *PROBES, *EVALUATIONS)
@@ -310,6 +318,7 @@ def test_slurm_job_starts_one_task_per_gpu():
     ("environment", "message"),
     [
         ({"DATA_PATH": ""}, "DATA_PATH is not set"),
+        ({"DATA_PATH": "no.csv"}, "DATA_PATH=no.csv does not exist"),
         ({"NPROC_PER_NODE": 6}, "6 GPUs cannot share a total batch of 2048"),
         ({"BATCH_SIZE": 48}, "set BATCH_SIZE to a divisor of 2048"),
         ({"NPROC_PER_NODE": 8, "BATCH_SIZE": 512}, "set BATCH_SIZE to a divisor of 256"),
@@ -320,7 +329,7 @@ def test_slurm_job_starts_one_task_per_gpu():
     ],
 )
 def test_wrong_setting_is_one_line_that_says_what_to_change(environment, message):
-    done = run(ADAMAE, **({"DRY_RUN": 1, "DATA_PATH": "train.csv", "NPROC_PER_NODE": 1} | environment))
+    done = run(ADAMAE, **({"DRY_RUN": 1, "DATA_PATH": os.devnull, "NPROC_PER_NODE": 1} | environment))
     assert done.returncode == 1
     assert done.stdout == ""
     assert message in done.stderr
@@ -330,7 +339,7 @@ def test_wrong_setting_is_one_line_that_says_what_to_change(environment, message
 @pytest.mark.parametrize(
     ("recipe", "environment", "message"),
     [
-        (FINETUNE_ADAMAE, {}, "MODEL is not set: the pre-trained checkpoint to start from"),
+        (FINETUNE_ADAMAE, {}, "_base_800e/checkpoint-799.pth does not exist: the pre-trained checkpoint to start from"),
         (FINETUNE_ADAMAE, {"MODEL": "no.pth"}, "MODEL=no.pth does not exist"),
         (PROBES[0], {"MODEL": "scratch"}, "MODEL=scratch does not exist: the pre-trained checkpoint to probe"),
         (EVALUATE, {}, "MODEL is not set: the fine-tuned checkpoint to test"),
@@ -338,7 +347,7 @@ def test_wrong_setting_is_one_line_that_says_what_to_change(environment, message
     ],
 )
 def test_missing_checkpoint_is_one_line_that_says_so(recipe, environment, message):
-    done = run(recipe, **({"DRY_RUN": 1, "DATA_PATH": "folder", "NPROC_PER_NODE": 1} | environment))
+    done = run(recipe, **({"DRY_RUN": 1, "DATA_PATH": os.devnull, "NPROC_PER_NODE": 1} | environment))
     assert done.returncode == 1
     assert done.stdout == ""
     assert message in done.stderr
@@ -357,6 +366,7 @@ def test_launch_starts_the_processes(tmp_path):
     recipe.write_text(
         f'source {shlex.quote(str(launch))}\nTOTAL_BATCH=8 BATCH_SIZE=2\nlaunch {shlex.quote(program)} "$@"\n'
     )
+    (tmp_path / "train.csv").touch()
     done = run(recipe, "--more", DATA_PATH="train.csv", OUTPUT_DIR="out", NPROC_PER_NODE=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     expected = (
