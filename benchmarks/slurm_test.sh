@@ -81,11 +81,12 @@ end_cluster() {
         sleep 2
         rm -rf "$work"
     else
-        echo "slurm_test.sh: everything is in $work" >&2
+        echo "slurm_test.sh: everything is in $work" >&3
     fi
 }
 
 start_cluster() {
+    exec 3>&2 # a case's output goes to a file
     trap end_cluster EXIT
     trap 'exit 130' INT TERM
     export SLURM_CONF=$work/slurm.conf
@@ -127,7 +128,7 @@ END
 submit() {
     DATA_PATH="$work/the videos/train.csv" MASTER_ADDR=127.0.0.1 OMP_NUM_THREADS=1 \
         bash scripts/slurm.sh --nodes 2 --gpus 1 --cpus 1 "$@" >"$work/submitted" 2>&1 || stop "$(<"$work/submitted")"
-    job=$(grep -o '[0-9]*$' "$work/submitted")
+    job=$(sed -n 's/^Submitted batch job //p' "$work/submitted")
 }
 field() { scontrol --oneliner show job "$1" | grep -o "\b$2=[^ ]*" | cut -d= -f2- | head -n 1; }
 restarts() { field "$job" Restarts; }
@@ -152,14 +153,20 @@ ranks() {
         if grep -qx "SLURM_JOB_ID=$job" <<<"$variables"; then
             echo "$(sed -n 's/^SLURM_PROCID=//p' <<<"$variables") $pid"
         fi
-    done | sort -n | cut -d' ' -f2
+    done 2>/dev/null | sort -n | cut -d' ' -f2 # meanwhile some processes end
 }
-has_usr1() { (($(sed -n "s/^$2:\s*/0x/p" "/proc/$1/status") >> 9 & 1)); } # PID SigIgn|SigCgt|ShdPnd
-ignore_usr1() { # whether both ranks import
-    local pids
+has_usr1() { # has_usr1 PID SigIgn|ShdPnd: whether the process ignores USR1, or has yet to take it
+    local mask
+    mask=$(sed -n "s/^$2:\s*//p" "/proc/$1/status" 2>/dev/null)
+    ((0x${mask:-0} >> 9 & 1))
+}
+both_import() {
+    local pids pid
     pids=$(ranks)
-    [[ $(wc -w <<<"$pids") == 2 ]] && for pid in $pids; do has_usr1 "$pid" SigIgn || return 1; done
+    [[ $(wc -w <<<"$pids") == 2 ]] || return 1
+    for pid in $pids; do has_usr1 "$pid" SigIgn || return 1; done
 }
+warned() { logged "$job" "finishing the step" || has_usr1 "$1" ShdPnd; }
 is() { [[ $(state) == "$1" ]]; }
 began() { logged "$job" "step 20/"; }
 completes() { wait_until 300 is COMPLETED; }
@@ -171,13 +178,12 @@ begin() { # begin CASE [OPTIONS]: a run, up to its 20th step
 
 straight() { begin straight && completes; }
 
-time_limit() { # the ranks stand still until SLURM warns them, so that the run needs not be long
-    begin time_limit --time=2 --signal=USR1@45 || return 1
+time_limit() { # the ranks stand still until SLURM warns them, so that a short run suffices
     local pids
+    begin time_limit --time=2 --signal=USR1@45 || return 1
     pids=$(ranks)
     kill -STOP $pids
-    wait_until 100 has_usr1 "${pids%%$'\n'*}" ShdPnd
-    sleep 1
+    wait_until 100 warned "${pids%%$'\n'*}"
     kill -CONT $pids
     completes && [[ $(restarts) == 1 ]] && logged "$job" "status 75 after a signal; requeueing" &&
         [[ $(cat *-"$job".log | grep -c "finishing the step") == 1 ]]
@@ -189,7 +195,7 @@ requeued() { # as after a preemption or the failure of a node
 
 early_and_late_signal() {
     OUTPUT_DIR="$work/runs/early_and_late_signal" submit "$adaptive"
-    wait_until 100 ignore_usr1 && scancel --signal=USR1 "$job" &&
+    wait_until 100 both_import && scancel --signal=USR1 "$job" &&
         wait_until 200 logged "$job" "step 96/96" && scancel --signal=USR1 "$job"
     completes && [[ $(restarts) == 0 ]]
 }

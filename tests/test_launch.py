@@ -232,6 +232,13 @@ def test_submitting_where_there_is_no_slurm(cluster):
     assert cluster.run(SLURM, "--dry_run", ADAMAE).returncode == 0
 
 
+def test_the_trial_under_a_real_slurm_refuses_without_root(cluster):
+    (cluster.bin / "id").write_text("#!/bin/sh\necho 1000\n")
+    (cluster.bin / "id").chmod(0o755)
+    done = cluster.run(ROOT / "benchmarks/slurm_test.sh")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "need root" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [

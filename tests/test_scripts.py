@@ -22,7 +22,7 @@ from runs.assembly import build_schedule
 from utils import World
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
+SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), *ROOT.glob("benchmarks/*.sh")])
 PRETRAINING = sorted(ROOT.glob("scripts/*/pretrain_*.sh"))
 FINETUNING = sorted(ROOT.glob("scripts/*/finetune_*.sh"))
 SCRATCH = sorted(ROOT.glob("scripts/*/scratch_*.sh"))
