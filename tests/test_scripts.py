@@ -236,6 +236,8 @@ def test_another_data_set_of_the_environment_has_its_own_folder():
         args = parsed(recipe, DATA_SET="Kinetics-600")
         assert args.data_set == "Kinetics-600" and args.output_dir.endswith(f"/{recipe.stem}-Kinetics-600")
     assert parsed(ADAMAE, DATA_SET="Kinetics-700", SEED=1).output_dir.endswith(f"/{ADAMAE.stem}-Kinetics-700-seed1")
+    start = parsed(FINETUNE_ADAMAE, DATA_SET="Kinetics-700", MODEL="", MODEL_MAY_COME=1).finetune
+    assert start.endswith(f"/{ADAMAE.stem}-Kinetics-700/checkpoint-799.pth")
 
 
 def test_finetuning_from_scratch_loads_nothing_and_from_timm_no_file():
