@@ -41,7 +41,7 @@ write_configuration() {
     dd if=/dev/urandom of="$work/munge.key" bs=128 count=1 status=none
     chmod 600 "$work/munge.key"
     mkdir "$work/state" "$work/n1" "$work/n2"
-    # A node's GPU is a name without a device; cred_expire is how long SLURM holds a requeued job back, by default 120 s.
+    # A GPU here is a name without a device; cred_expire is how long SLURM holds a requeued job back (default: 120 s).
     echo "NodeName=n[1-2] Name=gpu File=/dev/null" >"$work/gres.conf"
     cat >"$work/slurm.conf" <<END
 ClusterName=test
@@ -207,7 +207,8 @@ cancelled() {
 
 killed_rank() {
     begin killed_rank && killed_job=$job && kill -KILL "$(ranks | tail -n 1)" && wait_until 60 is FAILED && sleep 15 &&
-        is FAILED && [[ $(restarts) == 0 ]] && logged "$job" "rank 1 on host .* is gone" && begin killed_rank && completes
+        is FAILED && [[ $(restarts) == 0 ]] && logged "$job" "rank 1 on host .* is gone" &&
+        begin killed_rank && completes
 }
 
 array() { # two recipes with two seeds each; the second task is asked to stop
@@ -231,7 +232,8 @@ from pathlib import Path
 from runs.checkpoints import read_checkpoint
 from tools.kill_test import differences
 states = [read_checkpoint(Path(folder) / "checkpoint-1.pth") for folder in sys.argv[1:]]
-print(", ".join(sum((differences(*(state[key] for state in states), key) for key in ("model", "optimizer")), [])) or "identical")
+found = sum((differences(*(state[key] for state in states), key) for key in ("model", "optimizer")), [])
+print(", ".join(found) or "identical")
 END
 }
 

@@ -8,7 +8,7 @@
 #   DATA_PATH     list of training videos; except for `pretrain` the folder of train.csv, val.csv and test.csv
 #                 (required; see DATASET.md)
 #   MODEL         except for `pretrain`: the checkpoint to start from or to test (required; see FINETUNE.md);
-#                 for `finetune` also timm:NAME or scratch, by default the last checkpoint of its own pre-training recipe
+#                 for `finetune` also timm:NAME or scratch; default: the last checkpoint of its own pre-training recipe
 #   DATA_SET      another data set of the table in datasets.py than the recipe's, such as Kinetics-600
 #   OUTPUT_DIR    checkpoints and logs; default output/<folder>/<recipe>[-<DATA_SET>][-seed<SEED>]
 #   SEED          overrides the program's default seed
@@ -149,12 +149,13 @@ need_model() {
     [[ -e $MODEL || $MODEL == timm:* || -n ${MODEL_MAY_COME:-} ]] || fail "MODEL=$MODEL does not exist: $1"
 }
 
-# The last checkpoint in the default folder of the pre-training recipe that a recipe finetune_<name>_<epochs>e.sh is for.
+# The last checkpoint in the default folder of the pre-training recipe of a recipe finetune_<name>_<epochs>e.sh.
 own_pretraining() {
     local name=${RECIPE#*/finetune_}
     name=${name%_*}
     local epochs=${name##*_}
     if [[ $epochs =~ ^([0-9]+)e$ ]]; then
-        echo "$ROOT/output/${RECIPE%/*}/pretrain_$name${DATA_SET:+-$DATA_SET}/checkpoint-$((BASH_REMATCH[1] - 1)).pth"
+        name=pretrain_$name${DATA_SET:+-$DATA_SET}
+        echo "$ROOT/output/${RECIPE%/*}/$name/checkpoint-$((BASH_REMATCH[1] - 1)).pth"
     fi
 }
