@@ -2,8 +2,10 @@
 # Stops, kills and requeues small runs under a real SLURM of two nodes on this machine, and compares their final states
 # with that of an undisturbed run. Prints a table; exits with 0 if every case passed. Takes about ten minutes.
 #
-#   bash benchmarks/slurm_test.sh [WORK]      WORK: a new folder for everything it writes (default: a temporary one,
-#                                             removed if every case passed)
+#   bash benchmarks/slurm_test.sh [WORK [CASE...]]
+#
+# WORK: a new folder for everything it writes (default: a temporary one, removed if every case passed). CASE: the cases to
+# run, by their names at the end of this file (default: all).
 #
 # Needs root and Debian's or Ubuntu's packages slurmctld, slurmd, slurm-client and munge, which it installs if they are
 # missing. The daemons listen on the loopback interface alone, on ports of their own, and end with this script.
@@ -171,10 +173,8 @@ is() { [[ $(state) == "$1" ]]; }
 began() { logged "$job" "step 20/"; }
 completes() { wait_until 300 is COMPLETED; }
 
-begin() { # begin CASE [OPTIONS]: a run, up to its 20th step
-    OUTPUT_DIR="$work/runs/$1" submit "${@:2}" "$adaptive"
-    wait_until 180 began
-}
+start() { OUTPUT_DIR="$work/runs/$1" submit "${@:2}" "$adaptive"; } # start CASE [OPTIONS]
+begin() { start "$@" && wait_until 180 began; }                      # up to the 20th step
 
 straight() { begin straight && completes; }
 
@@ -194,7 +194,7 @@ requeued() { # as after a preemption or the failure of a node
 }
 
 early_and_late_signal() {
-    OUTPUT_DIR="$work/runs/early_and_late_signal" submit "$adaptive"
+    start early_and_late_signal
     wait_until 100 both_import && scancel --signal=USR1 "$job" &&
         wait_until 200 logged "$job" "step 64/64" && scancel --signal=USR1 "$job"
     completes && [[ $(restarts) == 0 ]]
@@ -202,13 +202,13 @@ early_and_late_signal() {
 
 cancelled() {
     begin cancelled && scancel "$job" && wait_until 60 is CANCELLED && sleep 15 &&
-        is CANCELLED && [[ $(restarts) == 0 ]] && logged "$job" "saved in" && begin cancelled && completes
+        is CANCELLED && [[ $(restarts) == 0 ]] && logged "$job" "saved in" && start cancelled && completes
 }
 
 killed_rank() {
     begin killed_rank && killed_job=$job && kill -KILL "$(ranks | tail -n 1)" && wait_until 60 is FAILED && sleep 15 &&
         is FAILED && [[ $(restarts) == 0 ]] && logged "$job" "rank 1 on host .* is gone" &&
-        begin killed_rank && completes
+        start killed_rank && completes
 }
 
 array() { # two recipes with two seeds each; the second task is asked to stop
@@ -248,7 +248,7 @@ cases=(
 )
 
 main() {
-    local case name trouble expected passed result failed=0
+    local case name trouble expected passed result failed=0 only=("${@:2}")
     all_passed="" adaptive="scripts/tiny runs/pretrain_adaptive.sh"
     [[ $(id -u) == 0 ]] || stop "SLURM's daemons need root here"
     [[ -x $root/.venv/bin/python ]] || stop "run scripts/env.sh first"
@@ -268,6 +268,7 @@ main() {
     echo "|---|---|---|---|"
     for case in "${cases[@]}"; do
         IFS='|' read -r name trouble expected <<<"$case"
+        if ((${#only[@]})) && [[ " straight ${only[*]} " != *" $name "* ]]; then continue; fi
         passed=yes result=-
         "$name" >>"$work/cases.log" 2>&1 || passed=NO
         if [[ $name != straight && $passed == yes ]]; then result=$(compare "$name"); fi
