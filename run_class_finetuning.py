@@ -1,5 +1,10 @@
 """Fine-tunes a video classifier, probes a frozen encoder, or evaluates; FINETUNE.md has the recipes."""
 
+import signal
+
+if __name__ == "__main__":  # at once: SLURM's warning would end the program while it imports, and after its end
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # in between `StopSignals` takes it
+
 import argparse
 import sys
 from collections.abc import Callable, Collection

@@ -212,15 +212,8 @@ def build_run(
     session.log.settings(vars(args))
     votes = Votes(timeout=1.5 * args.dist_timeout)  # longer than the watchdog's limit, which reports more
     session.to_close.callback(votes.close)
-    checkpoints = Checkpoints(
-        **shared,
-        output_dir=args.output_dir if save else "",
-        about=about,
-        minutes=args.save_ckpt_minutes,
-        keep=args.keep_ckpts,
-        signals=session.signals,
-        votes=votes,
-    )
+    how = {"minutes": args.save_ckpt_minutes, "keep": args.keep_ckpts, "signals": session.signals, "votes": votes}
+    checkpoints = Checkpoints(**shared, output_dir=args.output_dir if save else "", about=about, **how)
     record = {"output_dir": args.output_dir, "warn": console.warn}
     bad_videos = BadVideos(num_videos=num_read, limit=args.max_bad_videos, is_main=world.is_main, **record)
     bad_batches = BadBatches(videos=videos, world=world, **record)

@@ -7,7 +7,9 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,17 @@ from torch.distributed.rendezvous import rendezvous
 from runs import watchdog
 from utils import SettingError, World, choose_device
 
-_no_time_limit: list[dist.ProcessGroup] = []  # in a distributed run: the group that `wait_for_all` uses
+LEAVE_TOGETHER = 10.0  # seconds that rank 0, which commonly holds the store, waits for the others to leave
+
+
+class Meeting(NamedTuple):
+    """What the processes of a distributed run share beside the process group."""
+
+    store: dist.Store
+    no_time_limit: dist.ProcessGroup  # for `wait_for_all`
+
+
+_meeting: list[Meeting] = []  # at most one
 
 
 def start_world(
@@ -92,7 +104,7 @@ def _join(device: torch.device, dist_url: str, rank: int, size: int, dist_timeou
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=1.5 * timeout, device_id=bound
         )
-        _no_time_limit.append(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
+        _meeting.append(Meeting(store, dist.new_group(backend="gloo", timeout=timedelta(days=30))))
     except dist.DistBackendError as error:
         raise SettingError(
             f"rank {rank} on host {socket.gethostname()}: {backend} could not connect {device} with the others' "
@@ -172,15 +184,27 @@ def stop_world() -> None:
     """Leaves the process group, if there is one. To be called in a `finally`.
 
     An exception on its way makes this rank and its host be named, and the other ranks leave too. A `SystemExit`
-    with a number is a good end.
+    with a number is a good end: rank 0 then leaves last, within `LEAVE_TOGETHER` seconds.
     """
     error = sys.exc_info()[1]
     if isinstance(error, SystemExit):
         error = (error.__cause__ or error) if isinstance(error.code, str) else None
     watchdog.unwatch(error)
-    _no_time_limit.clear()
+    store = _meeting.pop().store if _meeting else None
     if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
         dist.destroy_process_group()
+        if store is not None and error is None:
+            _leave_together(store, rank, size)
+
+
+def _leave_together(store: dist.Store, rank: int, size: int) -> None:
+    """Rank 0 waits for the others, whose connections to the store would break and say so."""
+    with suppress(RuntimeError):  # some take longer, or the store is gone
+        if rank:
+            store.set(f"left/{rank}", "")
+        else:
+            store.wait([f"left/{r}" for r in range(1, size)], timedelta(seconds=LEAVE_TOGETHER))
 
 
 def wait_for_all(where: str) -> None:
@@ -188,9 +212,9 @@ def wait_for_all(where: str) -> None:
 
     Every rank must call it. `where` is for the watchdog.
     """
-    if not _no_time_limit:
+    if not _meeting:
         return
-    work = dist.barrier(group=_no_time_limit[0], async_op=True)
+    work = dist.barrier(group=_meeting[0].no_time_limit, async_op=True)
     while not work.is_completed():
         watchdog.tick(f"{where}, waiting for the others")
         time.sleep(0.05)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
 from runs.processes import stop_world
-from runs.signals import Stopped, StopSignals
+from runs.signals import Stopped, StopSignals, speaks_for_all
 from utils import UserError, keep_freed_memory
 
 
@@ -25,8 +25,9 @@ def run_program(name: str, work: Callable[[StopSignals, ExitStack], int]) -> int
             with ExitStack() as to_close:
                 return work(signals, to_close)
         except Stopped as stop:
-            with suppress(OSError):
-                print(stop, file=sys.stderr)
+            if speaks_for_all():
+                with suppress(OSError):
+                    print(stop, file=sys.stderr)
             raise SystemExit(stop.status) from stop
         except UserError as error:
             # from a data worker it comes with the worker's traceback in front of its own message

@@ -23,6 +23,11 @@ class Stopped(Exception):
         self.status = status
 
 
+def speaks_for_all() -> bool:
+    """Whether this is rank 0: launchers send a signal to all ranks, which would all say the same."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 class StopSignals:
     """Inside `with`, SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) only set `status`; a second one ends the process.
 
@@ -50,9 +55,10 @@ class StopSignals:
             os.kill(os.getpid(), number)
         self.status = 130 if number == signal.SIGINT else SAVED
         self.received_at = time.monotonic()
-        name = signal.Signals(number).name
-        with suppress(OSError):  # stderr is closed
-            os.write(2, f"{name}: finishing the step and saving; a second signal leaves at once\n".encode())
+        if speaks_for_all():
+            text = f"{signal.Signals(number).name}: finishing the step and saving; a second signal leaves at once\n"
+            with suppress(OSError):  # stderr is closed
+                os.write(2, text.encode())
         if not under_torchrun:  # so that the second one works even where Python hangs in a library
             for other in SIGNALS:
                 signal.signal(other, signal.SIG_DFL)

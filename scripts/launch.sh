@@ -8,7 +8,7 @@
 #   DATA_PATH     list of training videos; except for `pretrain` the folder of train.csv, val.csv and test.csv
 #                 (required; see DATASET.md)
 #   MODEL         except for `pretrain`: the checkpoint to start from or to test (required; see FINETUNE.md);
-#                 for `finetune` also timm:NAME or scratch
+#                 for `finetune` also timm:NAME or scratch; default: the last checkpoint of its own pre-training recipe
 #   DATA_SET      another data set of the table in datasets.py than the recipe's, such as Kinetics-600
 #   OUTPUT_DIR    checkpoints and logs; default output/<folder>/<recipe>[-<DATA_SET>][-seed<SEED>]
 #   SEED          overrides the program's default seed
@@ -85,6 +85,7 @@ launch() {
     [[ -n ${DATA_PATH:-} ]] ||
         fail "DATA_PATH is not set: the list of pre-training videos, or else the folder of train.csv, val.csv and" \
             "test.csv (DATASET.md)"
+    [[ -e $DATA_PATH ]] || fail "DATA_PATH=$DATA_PATH does not exist"
     OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/output/$RECIPE${DATA_SET:+-$DATA_SET}${SEED:+-seed$SEED}}
 
     # Inside an srun step (SLURM_STEP_ID) another srun would wait forever for the step's own resources.
@@ -105,6 +106,7 @@ launch() {
         printf '%q ' "${command[@]}"
         echo
     else
+        trap '' USR1 # SLURM's warning may reach the launcher too; the program handles it
         exec "${command[@]}"
     fi
 }
@@ -121,7 +123,7 @@ classify() { launch run_class_finetuning.py "$@" ${DATA_SET:+--data_set "$DATA_S
 # the last epoch's weights are tested: test.csv is commonly a copy of val.csv, which must not choose the epoch.
 finetune() {
     local start=""
-    if [[ ${MODEL:-} != scratch ]]; then
+    if [[ ${MODEL:=$(own_pretraining)} != scratch ]]; then
         need_model "the pre-trained checkpoint to start from, or 'scratch'"
         start=$MODEL
     fi
@@ -141,7 +143,19 @@ evaluate() {
     classify --eval --finetune "$MODEL" "$@"
 }
 
+# A job that waits for another (slurm.sh --dependency) may name a checkpoint that does not exist yet.
 need_model() {
     [[ -n ${MODEL:-} ]] || fail "MODEL is not set: $1"
-    [[ -e $MODEL || $MODEL == timm:* ]] || fail "MODEL=$MODEL does not exist: $1"
+    [[ -e $MODEL || $MODEL == timm:* || -n ${MODEL_MAY_COME:-} ]] || fail "MODEL=$MODEL does not exist: $1"
+}
+
+# The last checkpoint in the default folder of the pre-training recipe of a recipe finetune_<name>_<epochs>e.sh.
+own_pretraining() {
+    local name=${RECIPE#*/finetune_}
+    name=${name%_*}
+    local epochs=${name##*_}
+    if [[ $epochs =~ ^([0-9]+)e$ ]]; then
+        name=pretrain_$name${DATA_SET:+-$DATA_SET}
+        echo "$ROOT/output/${RECIPE%/*}/$name/checkpoint-$((BASH_REMATCH[1] - 1)).pth"
+    fi
 }

@@ -8,14 +8,15 @@
 #
 #   --nodes N, --gpus N (per node), --cpus N (per GPU)     8, 8 and 12
 #   --partition P, --account A, --time T                   default: the cluster's
-#   --array             several recipes, each a task of one array job; leave OUTPUT_DIR unset
+#   --array             several recipes, each a task of one array job with its own name and log; leave OUTPUT_DIR unset
 #   --seeds 0,1,2       each recipe with each of these seeds, also as tasks of an array job
 #   --at_once N         maximum number of array tasks running at the same time
-#   --name=value        any other option of sbatch, e.g. --constraint=a100
+#   --name=value        any other option of sbatch, e.g. --constraint=a100; with --dependency MODEL need not exist yet
 #   --dry_run           prints the command, the job script and the command of each task; submits nothing
 #
 # 120 seconds before the time limit SLURM sends USR1 to the program's processes, which save and exit with status 75;
-# the job is then requeued and resumes. After a preemption or a node failure SLURM requeues it by itself.
+# the job is then requeued, which takes about two minutes, and resumes. So is a job that USR1 ended (status 138), up to
+# 20 restarts. After a preemption or a node failure SLURM requeues it by itself; after any other failure nothing does.
 #SBATCH --job-name=video-mae
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -32,9 +33,20 @@ fail() {
     exit 1
 }
 
+name_of() { echo "$(basename "$(dirname "$1")")-$(basename "$1" .sh)${SEED:+-seed$SEED}"; } # of a recipe's job
+
+# rename JOB NAME: renames a task of an array and its log, which SLURM opens under the new name after a requeue.
+rename() {
+    local log=${SLURM_JOB_NAME:-}-$1.log
+    if [[ ${SLURM_JOB_NAME:-} != "$2" ]] && scontrol update "jobid=$1" "jobname=$2" && [[ -f $log ]]; then
+        mv "$log" "$2-$1.log"
+    fi
+}
+
 # run_job [--seeds LIST] RECIPE... [FLAGS...]: runs the recipe and seed of this array task.
 run_job() {
-    local seeds=("") recipes=() task=${SLURM_ARRAY_TASK_ID:-0} job=$SLURM_JOB_ID status=0
+    local seeds=("") recipes=() task=${SLURM_ARRAY_TASK_ID:-0} job=$SLURM_JOB_ID recipe status=0
+    trap '' USR1 # for the program, not for this script
     if [[ ${1:-} == --seeds ]]; then
         IFS=, read -ra seeds <<<"$2"
         shift 2
@@ -46,12 +58,15 @@ run_job() {
     ((${#recipes[@]})) || fail "name the recipe to run, for instance scripts/ssv2/pretrain_adamae_base_800e.sh"
     ((task < ${#recipes[@]} * ${#seeds[@]})) || fail "no recipe for task $task of the array"
     if [[ -n ${seeds[task % ${#seeds[@]}]} ]]; then export SEED=${seeds[task % ${#seeds[@]}]}; fi
-    # For the last task of an array, SLURM_JOB_ID is the ID of the whole array.
-    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$task; fi
+    recipe=${recipes[task / ${#seeds[@]}]}
+    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then
+        job=${SLURM_ARRAY_JOB_ID}_$task # for the last task of an array, SLURM_JOB_ID is the ID of the whole array
+        rename "$job" "$(name_of "$recipe")" || true
+    fi
 
-    bash "${recipes[task / ${#seeds[@]}]}" "$@" || status=$?
-    if ((status == 75)); then
-        echo "slurm.sh: saved after a signal; requeueing job $job" >&2
+    bash "$recipe" "$@" || status=$?
+    if ((status == 75 || (status == 138 && ${SLURM_RESTART_COUNT:-0} < 20))); then
+        echo "slurm.sh: status $status after a signal; requeueing job $job" >&2
         scontrol requeue "$job"
     fi
     exit "$status"
@@ -68,13 +83,14 @@ show_tasks() {
     local task
     for ((task = 0; task < tasks; task++)); do
         SLURM_JOB_ID=0 SLURM_NTASKS=$((nodes * gpus)) SLURM_CPUS_PER_TASK=$cpus SLURM_ARRAY_TASK_ID=$task DRY_RUN=1 \
-            bash "$0" "${arguments[@]}" || exit 1
+            MODEL_MAY_COME=$waits bash "$0" "${arguments[@]}" || exit 1
     done
 }
 
-nodes=8 gpus=8 cpus=12 at_once="" array="" dry_run=""
+root=$(dirname "$0")/..
+nodes=8 gpus=8 cpus=12 at_once="" array="" dry_run="" waits=""
 options=() arguments=() seeds=() recipes=()
-while [[ ${1:-} == --* ]]; do
+while [[ ${1:-} == -* ]]; do
     case $1 in
         --dry_run | --array)
             declare "${1#--}=1"
@@ -87,6 +103,7 @@ while [[ ${1:-} == --* ]]; do
         --array=* | --ntasks*) fail "$1 is worked out here: use --nodes, --gpus, --array and --seeds" ;;
         --?*=*)
             options+=("$1")
+            if [[ $1 == --dependency=* ]]; then waits=1; fi
             shift
             continue
             ;;
@@ -115,12 +132,20 @@ while [[ ${1:-} == *.sh ]]; do
 done
 
 ((${#recipes[@]})) || fail "name the recipe to run, for instance scripts/ssv2/pretrain_adamae_base_800e.sh"
+for word in "$@"; do
+    [[ $word != -[a-zA-Z-]* ]] || grep -qF -- "\"${word%%=*}\"" "$root"/run_*.py "$root/runs/flags.py" ||
+        fail "$word is no flag of the programs; options of slurm.sh and sbatch stand before the recipe"
+done
 ((${#recipes[@]} == 1)) || [[ -n $array ]] || fail "${#recipes[@]} recipes: --array makes them tasks of one job"
 tasks=$((${#recipes[@]} * (${#seeds[@]} ? ${#seeds[@]} : 1)))
 ((tasks == 1)) || [[ -z ${OUTPUT_DIR:-} ]] ||
     fail "OUTPUT_DIR=$OUTPUT_DIR would be one folder for $tasks runs: unset it, since each recipe has its own"
 
-name=$(basename "$(dirname "${recipes[0]}")")-$(basename "${recipes[0]}" .sh)
+[[ -n $dry_run ]] || command -v sbatch >/dev/null ||
+    fail "there is no sbatch: submit on a machine of the cluster, or look at the job with --dry_run"
+
+name=video-mae # of several recipes, until each is renamed in its job
+if ((${#recipes[@]} == 1)); then name=$(name_of "${recipes[0]}"); fi
 command=(sbatch "--job-name=$name" "--nodes=$nodes" "--ntasks-per-node=$gpus" "--gpus-per-node=$gpus")
 command+=("--cpus-per-task=$cpus")
 if [[ -n $array ]] || ((tasks > 1)); then

@@ -28,7 +28,8 @@ def small_loop(rank: int, port: int, trouble: str, victim: int, log: str) -> Non
     """Twenty collectives in two seconds as a task of srun; `victim` gets into `trouble` in the middle.
 
     Args:
-        trouble: as in `get_into`; or "finish", where the other rank goes on alone for another 1.5 timeouts; or "".
+        trouble: as in `get_into`; or "finish", where the other rank goes on alone for another 1.5 timeouts; "leave
+            late", where the victim is idle for half a timeout after the last collective; or "".
         log: file that takes what goes to stderr.
     """
     os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
@@ -46,5 +47,7 @@ def small_loop(rank: int, port: int, trouble: str, victim: int, log: str) -> Non
             time.sleep(0.15 * TIMEOUT if trouble == "finish" and index >= 10 else 0.1)
             if trouble != "finish" or index < 10:
                 dist.all_reduce(torch.ones(1))
+        if trouble == "leave late" and world.rank == victim:
+            time.sleep(0.5 * TIMEOUT)
     finally:
         stop_world()

@@ -135,6 +135,11 @@ def test_two_tasks_of_srun_end_well_though_one_ends_long_before_the_other(forks,
     assert seconds > 1.5 * TIMEOUT
 
 
+def test_rank_0_keeps_its_store_until_the_others_have_left(forks, tmp_path):
+    statuses, stderr, _ = run_small_loop(forks, tmp_path, "leave late")
+    assert statuses == [0, 0] and "Broken pipe" not in stderr and "rank" not in stderr
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_is_named_at_once(forks, tmp_path, victim):
     statuses, stderr, seconds = run_small_loop(forks, tmp_path, "die", victim)

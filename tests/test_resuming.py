@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from runs.checkpoints import LAST, newest_checkpoint
 from runs.console import Console
 from runs.logs import RunLog
 from runs.reporters import TensorBoard
-from runs.signals import SAVED
+from runs.signals import SAVED, StopSignals
 from runs.version import code_version
 
 STEPS = 4  # an epoch
@@ -460,6 +461,39 @@ def test_a_second_signal_leaves_at_once(data, tmp_path):
     assert process.returncode in (-signal.SIGINT, 130)
 
 
+def ignores(process: subprocess.Popen, number: int) -> bool:
+    ignored = re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())
+    return bool(ignored and int(ignored[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads in /proc whether a signal is ignored")
+def test_slurms_warning_during_the_imports_does_not_end_a_program():
+    for module, _, _ in PROGRAMS.values():
+        process = subprocess.Popen([sys.executable, module.__file__], stderr=subprocess.PIPE, text=True)
+        while not ignores(process, signal.SIGUSR1):  # the first thing that it does
+            assert process.poll() is None
+        process.send_signal(signal.SIGUSR1)
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 1 and "--data_path is missing" in errors
+
+
+def test_after_the_end_a_signal_is_what_it_was_before():
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    with StopSignals():
+        assert signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN
+    assert signal.signal(signal.SIGUSR1, before) == signal.SIG_IGN
+
+
+def test_rank_0_speaks_for_all(monkeypatch, capfd):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.status == SAVED
+        assert ("SIGUSR1: finishing the step" in capfd.readouterr().err) == (rank == 0)
+
+
 def test_another_number_of_processes_goes_on_within_the_epoch(data, straight, tmp_path, monkeypatch):
     """One process with two videos a step stops; two with one each end where it would have ended."""
     flags = ["--sampler", "mlp"]
@@ -494,7 +528,7 @@ def test_two_processes_stop_after_the_same_step(data, tmp_path):
     ranks = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "run_mae"], capture_output=True, text=True)
     os.kill(int(ranks.stdout.split()[-1]), signal.SIGUSR1)
     _, errors = process.communicate(timeout=100)
-    assert process.returncode != 0 and "saved in" in errors
+    assert process.returncode != 0 and errors.count("saved in") == 1
     assert (tmp_path / "out" / LAST).is_file()
     done = start_process(
         *("run_mae_pretraining.py", *PRETRAIN, "--data_path", data / "train.csv", *flags),

@@ -22,7 +22,7 @@ from runs.assembly import build_schedule
 from utils import World
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
+SCRIPTS = sorted([*ROOT.glob("scripts/**/*.sh"), *ROOT.glob("benchmarks/*.sh")])
 OWN = sorted(ROOT.glob("scripts/own/*.sh"))
 PRETRAINING = sorted({*ROOT.glob("scripts/*/pretrain_*.sh")} - {*OWN})
 FINETUNING = sorted({*ROOT.glob("scripts/*/finetune_*.sh")} - {*OWN})
@@ -55,7 +55,7 @@ def run(script: Path, *arguments: str, cwd: Path = ROOT, **environment) -> subpr
 
 def command_of(recipe: Path, *arguments: str, **environment) -> list[str]:
     """The command that a recipe would run, on one machine with one GPU unless `environment` says more."""
-    defaults = {"DRY_RUN": 1, "DATA_PATH": "the data", "MODEL": os.devnull, "NPROC_PER_NODE": 1}
+    defaults = {"DRY_RUN": 1, "DATA_PATH": os.devnull, "MODEL": os.devnull, "NPROC_PER_NODE": 1}
     done = run(recipe, *arguments, **(defaults | environment))
     assert done.returncode == 0, done.stderr
     return shlex.split(done.stdout)
@@ -226,6 +226,13 @@ def test_finetuning_is_to_reach_what_pretraining_promises(recipe):
     assert number_to_reproduce(recipe) == number_to_reproduce(counterpart(recipe))
 
 
+@of_every(*(recipe for recipe in FINETUNING if counterpart(recipe).is_file()))
+def test_finetuning_starts_by_default_from_the_end_of_its_own_pretraining(recipe):
+    before = parsed(counterpart(recipe))
+    expected = Path(before.output_dir) / f"checkpoint-{before.epochs - 1}.pth"
+    assert parsed(recipe, MODEL="", MODEL_MAY_COME=1).finetune == str(expected)
+
+
 def test_mae_sts_recipe_has_its_published_rates_and_arithmetic():
     """Its base rate counts copies and its final rate does not scale; float32, frames of 256 pixels."""
     args = parsed(ROOT / "scripts/kinetics/finetune_mae_st_large_100e_50e.sh", NPROC_PER_NODE=2)
@@ -258,6 +265,8 @@ def test_another_data_set_of_the_environment_has_its_own_folder():
         args = parsed(recipe, DATA_SET="Kinetics-600")
         assert args.data_set == "Kinetics-600" and args.output_dir.endswith(f"/{recipe.stem}-Kinetics-600")
     assert parsed(ADAMAE, DATA_SET="Kinetics-700", SEED=1).output_dir.endswith(f"/{ADAMAE.stem}-Kinetics-700-seed1")
+    start = parsed(FINETUNE_ADAMAE, DATA_SET="Kinetics-700", MODEL="", MODEL_MAY_COME=1).finetune
+    assert start.endswith(f"/{ADAMAE.stem}-Kinetics-700/checkpoint-799.pth")
 
 
 def test_finetuning_from_scratch_loads_nothing_and_from_timm_no_file():
@@ -286,10 +295,11 @@ def test_documents_name_only_flags_of_the_programs():
 
 
 def test_arguments_and_environment_override_the_recipe(tmp_path):
-    out = tmp_path / "a folder"
-    args = parsed(ADAMAE, "--epochs", "3", "--decoder", "decord", BATCH_SIZE=16, DATA_PATH="a list.csv", OUTPUT_DIR=out)
+    out, data = tmp_path / "a folder", tmp_path / "a list.csv"
+    data.touch()
+    args = parsed(ADAMAE, "--epochs", "3", "--decoder", "decord", BATCH_SIZE=16, DATA_PATH=data, OUTPUT_DIR=out)
     assert (args.epochs, args.decoder, args.batch_size, args.update_freq) == (3, "decord", 16, 128)
-    assert (args.data_path, args.output_dir, args.log_dir) == ("a list.csv", str(out), str(out))
+    assert (args.data_path, args.output_dir, args.log_dir) == (str(data), str(out), str(out))
 
 
 @of_every(*PRETRAINING, *FINETUNING, *SCRATCH, *PROBES, *EVALUATIONS, *OWN)
@@ -340,6 +350,7 @@ def test_slurm_job_starts_one_task_per_gpu():
     ("environment", "message"),
     [
         ({"DATA_PATH": ""}, "DATA_PATH is not set"),
+        ({"DATA_PATH": "no.csv"}, "DATA_PATH=no.csv does not exist"),
         ({"NPROC_PER_NODE": 6}, "6 GPUs cannot share a total batch of 2048"),
         ({"BATCH_SIZE": 48}, "set BATCH_SIZE to a divisor of 2048"),
         ({"NPROC_PER_NODE": 8, "BATCH_SIZE": 512}, "set BATCH_SIZE to a divisor of 256"),
@@ -350,7 +361,7 @@ def test_slurm_job_starts_one_task_per_gpu():
     ],
 )
 def test_wrong_setting_is_one_line_that_says_what_to_change(environment, message):
-    done = run(ADAMAE, **({"DRY_RUN": 1, "DATA_PATH": "train.csv", "NPROC_PER_NODE": 1} | environment))
+    done = run(ADAMAE, **({"DRY_RUN": 1, "DATA_PATH": os.devnull, "NPROC_PER_NODE": 1} | environment))
     assert done.returncode == 1
     assert done.stdout == ""
     assert message in done.stderr
@@ -360,7 +371,7 @@ def test_wrong_setting_is_one_line_that_says_what_to_change(environment, message
 @pytest.mark.parametrize(
     ("recipe", "environment", "message"),
     [
-        (FINETUNE_ADAMAE, {}, "MODEL is not set: the pre-trained checkpoint to start from"),
+        (FINETUNE_ADAMAE, {}, "_base_800e/checkpoint-799.pth does not exist: the pre-trained checkpoint to start from"),
         (FINETUNE_ADAMAE, {"MODEL": "no.pth"}, "MODEL=no.pth does not exist"),
         (PROBES[0], {"MODEL": "scratch"}, "MODEL=scratch does not exist: the pre-trained checkpoint to probe"),
         (EVALUATE, {}, "MODEL is not set: the fine-tuned checkpoint to test"),
@@ -368,7 +379,7 @@ def test_wrong_setting_is_one_line_that_says_what_to_change(environment, message
     ],
 )
 def test_missing_checkpoint_is_one_line_that_says_so(recipe, environment, message):
-    done = run(recipe, **({"DRY_RUN": 1, "DATA_PATH": "folder", "NPROC_PER_NODE": 1} | environment))
+    done = run(recipe, **({"DRY_RUN": 1, "DATA_PATH": os.devnull, "NPROC_PER_NODE": 1} | environment))
     assert done.returncode == 1
     assert done.stdout == ""
     assert message in done.stderr
@@ -387,6 +398,7 @@ def test_launch_starts_the_processes(tmp_path):
     recipe.write_text(
         f'source {shlex.quote(str(launch))}\nTOTAL_BATCH=8 BATCH_SIZE=2\nlaunch {shlex.quote(program)} "$@"\n'
     )
+    (tmp_path / "train.csv").touch()
     done = run(recipe, "--more", DATA_PATH="train.csv", OUTPUT_DIR="out", NPROC_PER_NODE=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     expected = (

@@ -103,7 +103,7 @@ def cluster(monkeypatch):
         return start_world("cuda")
 
     yield start, calls
-    processes._no_time_limit.clear()
+    processes._meeting.clear()
 
 
 @pytest.mark.parametrize(("gpus", "device"), [(4, "cuda:3"), (1, "cuda:0")], ids=["all are seen", "only its own"])
