@@ -7,8 +7,9 @@
 # From the environment:
 #   DATA_PATH     list of training videos; except for `pretrain` the folder of train.csv, val.csv and test.csv
 #                 (required; see DATASET.md)
-#   MODEL         except for `pretrain`: the checkpoint to start from or to test (required; see FINETUNE.md);
-#                 for `finetune` also timm:NAME or scratch; default: the last checkpoint of its own pre-training recipe
+#   MODEL         except for `pretrain`: the checkpoint to start from or to test, or org/name on the Hugging Face hub
+#                 (required; see FINETUNE.md); for `finetune` also timm:NAME or scratch, by default the last checkpoint
+#                 of its own pre-training recipe
 #   DATA_SET      another data set of the table in datasets.py than the recipe's, such as Kinetics-600
 #   OUTPUT_DIR    checkpoints and logs; default output/<folder>/<recipe>[-<DATA_SET>][-seed<SEED>]
 #   SEED          overrides the program's default seed
@@ -146,7 +147,14 @@ evaluate() {
 # A job that waits for another (slurm.sh --dependency) may name a checkpoint that does not exist yet.
 need_model() {
     [[ -n ${MODEL:-} ]] || fail "MODEL is not set: $1"
-    [[ -e $MODEL || $MODEL == timm:* || -n ${MODEL_MAY_COME:-} ]] || fail "MODEL=$MODEL does not exist: $1"
+    [[ -e $MODEL || $MODEL == timm:* || -n ${MODEL_MAY_COME:-} ]] || is_repository "$MODEL" ||
+        fail "MODEL=$MODEL does not exist: $1"
+}
+
+# org/name on the Hugging Face hub
+is_repository() {
+    [[ $1 =~ ^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]] &&
+        [[ ! $1 =~ \.(pth|pt|pyth|bin|ckpt|safetensors)$ ]]
 }
 
 # The last checkpoint in the default folder of the pre-training recipe of a recipe finetune_<name>_<epochs>e.sh.

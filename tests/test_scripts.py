@@ -269,6 +269,12 @@ def test_another_data_set_of_the_environment_has_its_own_folder():
     assert start.endswith(f"/{ADAMAE.stem}-Kinetics-700/checkpoint-799.pth")
 
 
+def test_a_model_may_be_on_the_hub():
+    assert parsed(FINETUNE_ADAMAE, MODEL="some-one/videomae-base.v2").finetune == "some-one/videomae-base.v2"
+    done = run(FINETUNE_ADAMAE, DRY_RUN=1, DATA_PATH=os.devnull, NPROC_PER_NODE=1, MODEL="output/none.pth")
+    assert done.returncode and "output/none.pth does not exist" in done.stderr
+
+
 def test_finetuning_from_scratch_loads_nothing_and_from_timm_no_file():
     assert all(parsed(recipe).finetune == "" for recipe in SCRATCH)
     assert parsed(FINETUNE_ADAMAE, MODEL="scratch").finetune == ""
