@@ -1,7 +1,8 @@
 """The flags that both programs have. Names are VideoMAE's."""
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
@@ -41,12 +42,18 @@ class Flags(argparse.ArgumentParser):
     Attributes:
         ranges: the valid values of a flag, by name.
         neutral: names of flags that may change when a run is resumed without changing what is computed.
+        given: the words last parsed, as on the command line.
     """
 
     def __init__(self, program: str, description: str):
         super().__init__(program, description=description, formatter_class=HelpFormatter)
         self.ranges: dict[str, Range] = {}
         self.neutral: set[str] = set()
+        self.given: list[str] = []
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        self.given = list(sys.argv[1:] if args is None else args)
+        return super().parse_args(args, namespace)
 
     def group(self, title: str) -> Callable[..., None]:
         """A group of flags, as the function that adds one; it takes `valid` and `neutral` too."""
