@@ -1,4 +1,4 @@
-"""Draws what a pre-trained model does with videos: video | prediction | error | probability | mask.
+"""Draws what a pre-trained model does with videos: video | probability | mask | prediction | error.
 
     python tools/visualize.py --model output/checkpoint-799.pth --video a.mp4 b.mp4 --output output/pictures
     python tools/visualize.py --model output/checkpoint-799.pth --list val.csv --output output/pictures
@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules a
 from augment import COLOUR_STATISTICS, to_pixels
 from clips.decoders import DECODERS, resolve_decoder
 from clips.frame_indices import pretrain_clip
-from clips.lists import read_list
+from clips.lists import read_labels, read_list
 from clips.transforms import View, apply_view
 from clips.video import open_video
 from clips.video_index import VideoError
@@ -66,6 +66,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     source.add_argument("--video", nargs="+", metavar="FILE", help="videos to draw")
     source.add_argument("--list", metavar="FILE", help="list of videos, `path [label]` a line")
     add("--data_root", metavar="DIR", help="folder that paths in the list start from (default: the list's)")
+    add("--labels", metavar="FILE", help="class names of the list, one a line from class 0, for the headings")
     add("--num_clips", type=int, default=8, help="videos of the list, spread evenly (default: %(default)s)")
     add("--output", required=True, metavar="DIR", help="folder for the pictures")
     add("--teacher", default="", metavar="FILE", help="--teacher that the model was trained with, for the error")
@@ -112,6 +113,8 @@ def check_settings(args: argparse.Namespace) -> None:
     for name in ("num_clips", "sampling_rate"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise SettingError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.labels and not args.list:
+        raise SettingError("--labels names the classes of a --list, which is missing")
     if not 0 < args.fps <= 50:
         raise SettingError(f"--fps {args.fps:g} must lie between 0 and 50; players show a GIF no faster")
     if args.error_top is not None and args.error_top <= 0:
@@ -130,6 +133,19 @@ def list_videos(args: argparse.Namespace) -> list[str]:
     videos = read_list(args.list, args.data_root)
     chosen = np.linspace(0, len(videos) - 1, min(args.num_clips, len(videos)), dtype=int)
     return list(dict.fromkeys(videos[i].path for i in chosen.tolist()))
+
+
+def list_classes(args: argparse.Namespace) -> dict[str, str]:
+    """The name of each video's class by its path; empty without --labels.
+
+    Raises:
+        ListError: the names can't be read, or are not as many as the list has classes.
+    """
+    if not args.labels:
+        return {}
+    videos = read_list(args.list, args.data_root)
+    names = read_labels(args.labels, int(videos.labels.max()) + 1)
+    return {video.path: names[video.label] for video in videos if video.label is not None}
 
 
 def picture_names(paths: Sequence[str]) -> list[Path]:
@@ -183,24 +199,28 @@ def save_png(path: str, picture: np.ndarray) -> None:
 
 
 def draw_clip(
-    model: PretrainVisionTransformer, pixels: Tensor, settings: PictureSettings, name: Path, args: argparse.Namespace
+    model: PretrainVisionTransformer,
+    pixels: Tensor,
+    settings: PictureSettings,
+    output: Path,
+    heading: str,
+    args: argparse.Namespace,
 ) -> list[str]:
-    """Writes the pictures of one clip (1,3,T,H,W) below the output folder; returns the files."""
-    output, ratio = Path(args.output) / name, args.compare_masks
+    """Writes the pictures of one clip (1,3,T,H,W) to files that begin with `output`; returns them."""
+    ratio = args.compare_masks
     output.parent.mkdir(parents=True, exist_ok=True)
     files = [f"{output}.gif", f"{output}.png"]
     rec = reconstruct(model, pixels, settings)
     five = panels.five_panels(rec)
-    save_gif(files[0], animation(five, heading=str(name)), args.fps)
-    save_png(files[1], filmstrip(five, heading=str(name)))
+    save_gif(files[0], animation(five, heading=heading), args.fps)
+    save_png(files[1], filmstrip(five, heading=heading))
     if args.three_rows:
         files.append(f"{output}_rows.png")
-        save_png(files[-1], filmstrip(panels.three_rows(rec), heading=str(name)))
+        save_png(files[-1], filmstrip(panels.three_rows(rec), heading=heading))
     if ratio is not None:
         files.append(f"{output}_masks.png")
         compared = panels.mask_panels(model, pixels, settings, mask_ratio=ratio)
-        heading = f"{name}, {ratio:.4g} of the patches masked by each rule"
-        save_png(files[-1], filmstrip(compared, heading=heading))
+        save_png(files[-1], filmstrip(compared, heading=f"{heading}, {ratio:.4g} of the patches masked by each rule"))
     return files
 
 
@@ -232,6 +252,7 @@ def draw(args: argparse.Namespace) -> int:
     """Draws every video; returns how many could not be read."""
     check_settings(args)
     paths = list_videos(args)
+    classes = list_classes(args)
     model, settings, rate = load_model(args)
     failed = 0
     for path, name in zip(tqdm(paths, unit="video", disable=None), picture_names(paths), strict=True):
@@ -241,7 +262,9 @@ def draw(args: argparse.Namespace) -> int:
             failed += 1
             tqdm.write(f"visualize.py: {error}", file=sys.stderr)
             continue
-        files = draw_clip(model, pixels.to(next(model.parameters()).device), settings, name, args)
+        heading = f"{name}: {classes[path]}" if path in classes else str(name)
+        pixels = pixels.to(next(model.parameters()).device)
+        files = draw_clip(model, pixels, settings, Path(args.output) / name, heading, args)
         tqdm.write(f"{path} -> {', '.join(files)}")
     return failed
 
