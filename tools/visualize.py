@@ -7,7 +7,7 @@ Takes checkpoints of this repository and of the published AdaMAE, VideoMAE and M
 video: a clip of the model's length, its central square resized to the model's input. The files are written below
 --output and named after the video, with as many of its folders as it takes to keep names apart:
 
-    <video>.gif          the five panels side by side, frame by frame
+    <video>.gif          the five panels side by side, frame by frame (or .webp, --animation)
     <video>.png          the same as rows, with a column for every time slot of two frames
     <video>_rows.png     with --three_rows: original, masked, reconstruction, as in the papers
     <video>_masks.png    with --compare_masks: random, tube, frame and adaptive masks at one ratio
@@ -46,7 +46,7 @@ from modeling_blocks import TUBELET
 from modeling_finetune import colour_statistics
 from modeling_pretrain import PRETRAIN_MODELS, PretrainVisionTransformer
 from pictures import panels
-from pictures.drawing import animation, filmstrip
+from pictures.drawing import ANIMATIONS, animation, filmstrip, save_animation
 from pictures.reconstruction import SHOW_VISIBLE, PictureSettings, reconstruct
 from tools.inference.trained import run_tool
 from utils import SettingError, choose_device, whole_file
@@ -83,7 +83,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--normalize_target", choices=["true", "false"],
         help="whether the model predicts normalised targets (default: as trained, true if unknown)")
     add("--sampling_rate", type=int, help="frames of the video from one to the next (default: as trained, 4)")
-    add("--fps", type=float, default=8, help="frames per second of the GIF (default: %(default)s)")
+    add("--fps", type=float, default=8, help="frames per second of the moving picture (default: %(default)s)")
+    add("--animation", choices=list(ANIMATIONS), default="gif",
+        help="format of the moving picture; a WebP is a third as large (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
     add("--decoder", choices=["auto", *DECODERS], default="auto", help="video decoder")
     add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
@@ -175,24 +177,6 @@ def load_clip(path: str, model: PretrainVisionTransformer, *, sampling_rate: int
     return to_pixels(apply_view(frames, view, size)).transpose(0, 1)[None]  # (1,3,T,S,S)
 
 
-def to_palette(frame: np.ndarray) -> Image.Image:
-    """Reduces a picture (H,W,3) uint8 to the 256 colours of a GIF.
-
-    Of Pillow's quantisers only the octree keeps the colour scales true. A second pass assigns each pixel to the
-    nearest colour of its palette, which the octree does not.
-    """
-    picture = Image.fromarray(frame)
-    palette = picture.quantize(method=Image.Quantize.FASTOCTREE)
-    return picture.quantize(palette=palette, dither=Image.Dither.NONE)
-
-
-def save_gif(path: str, frames: np.ndarray, fps: float) -> None:
-    """Writes pictures (T,H,W,3) uint8 as an endless GIF, whose format rounds times to hundredths of a second."""
-    first, *others = map(to_palette, frames)
-    with whole_file(path) as file:
-        first.save(file, "gif", save_all=True, append_images=others, duration=10 * round(100 / fps), loop=0)
-
-
 def save_png(path: str, picture: np.ndarray) -> None:
     with whole_file(path) as file:
         Image.fromarray(picture).save(file, format="png")
@@ -209,10 +193,10 @@ def draw_clip(
     """Writes the pictures of one clip (1,3,T,H,W) to files that begin with `output`; returns them."""
     ratio = args.compare_masks
     output.parent.mkdir(parents=True, exist_ok=True)
-    files = [f"{output}.gif", f"{output}.png"]
+    files = [f"{output}.{args.animation}", f"{output}.png"]
     rec = reconstruct(model, pixels, settings)
     five = panels.five_panels(rec)
-    save_gif(files[0], animation(five, heading=heading), args.fps)
+    save_animation(files[0], animation(five, heading=heading), args.fps)
     save_png(files[1], filmstrip(five, heading=heading))
     if args.three_rows:
         files.append(f"{output}_rows.png")
