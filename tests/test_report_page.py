@@ -11,6 +11,7 @@ from PIL import Image
 
 from runs.checkpoints import save_checkpoint
 from runs.logs import RunLog
+from runs.reporters import TensorBoard
 from tools import report_page
 from tools.reporting.chart import draw_chart, ticks
 from utils import SettingError
@@ -42,7 +43,7 @@ class Page(HTMLParser):
 
 def write_run(folder, entries: list[dict], *, flags: dict, events: bool = True, command: str = ""):
     """A folder as the programs leave it; `entries` are the lines of log.txt without their epochs."""
-    log = RunLog(output_dir=str(folder), log_dir=str(folder) if events else "")
+    log = RunLog(output_dir=str(folder), reporters=[TensorBoard(str(folder))] if events else [])
     folder.mkdir(parents=True)
     log.command(command.split() or ["python"], processes=1)
     for epoch, entry in enumerate(entries):
@@ -127,8 +128,8 @@ def test_what_is_no_run_is_one_clear_line(tmp_path):
         report_page.main([str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match=r"no log\.txt, report\.json, finetuning\.json or pictures"):
         report_page.main([str(tmp_path)])
-    (tmp_path / "log.txt").write_text('{"epoch": 0, "loss": 1}\n{"epo')
-    with pytest.raises(SystemExit, match=r"log\.txt, line 2: not a line of a run's log"):
+    (tmp_path / "log.txt").write_text('{"loss": 1}\n')
+    with pytest.raises(SystemExit, match=r"log\.txt: not the log\.txt of a run: a line has no epoch"):
         report_page.main([str(tmp_path)])
     (tmp_path / "log.txt").unlink()
     (tmp_path / "report.json").write_text("[]")

@@ -35,9 +35,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
 from augment import COLOUR_STATISTICS, to_pixels
+from clips.class_names import ClassNames, number_lists
 from clips.decoders import DECODERS, resolve_decoder
 from clips.frame_indices import pretrain_clip
-from clips.lists import read_labels, read_list
+from clips.lists import ListError, read_list
 from clips.transforms import View, apply_view
 from clips.video import open_video
 from clips.video_index import VideoError
@@ -66,7 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     source.add_argument("--video", nargs="+", metavar="FILE", help="videos to draw")
     source.add_argument("--list", metavar="FILE", help="list of videos, `path [label]` a line")
     add("--data_root", metavar="DIR", help="folder that paths in the list start from (default: the list's)")
-    add("--labels", metavar="FILE", help="class names of the list, one a line from class 0, for the headings")
+    add("--labels", metavar="FILE", help="class names of the list, one a line, for the headings (default: the list's)")
     add("--num_clips", type=int, default=8, help="videos of the list, spread evenly (default: %(default)s)")
     add("--output", required=True, metavar="DIR", help="folder for the pictures")
     add("--teacher", default="", metavar="FILE", help="--teacher that the model was trained with, for the error")
@@ -138,16 +139,18 @@ def list_videos(args: argparse.Namespace) -> list[str]:
 
 
 def list_classes(args: argparse.Namespace) -> dict[str, str]:
-    """The name of each video's class by its path; empty without --labels.
+    """The name of each video's class by its path, from the list or by --labels; empty where there are no names.
 
     Raises:
-        ListError: the names can't be read, or are not as many as the list has classes.
+        ListError: the names can't be read, or the list has a class without one.
     """
-    if not args.labels:
+    if not args.list:
         return {}
     videos = read_list(args.list, args.data_root)
-    names = read_labels(args.labels, int(videos.labels.max()) + 1)
-    return {video.path: names[video.label] for video in videos if video.label is not None}
+    names = number_lists({"list": videos}, labels=args.labels) if args.labels else ClassNames(videos.class_names)
+    if names.names and videos.labels.max() >= len(names.names):
+        raise ListError(f"{names.source} has {len(names.names)} names, but {args.list} the label {videos.labels.max()}")
+    return {video.path: names.names[video.label] for video in videos if names.names and video.label is not None}
 
 
 def picture_names(paths: Sequence[str]) -> list[Path]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pictures.plots import read_epochs
 from runs.checkpoints import LAST, epoch_checkpoints, read_checkpoint
 from tools.reporting.chart import Curve
 from utils import SettingError
@@ -43,19 +44,15 @@ class Folder:
 
 
 def read_log(path: Path) -> list[dict]:
-    """One dict an epoch, in order; of an epoch that was run twice the last.
+    """The entries of log.txt by epoch.
 
     Raises:
-        SettingError: a line is not what the programs write.
+        SettingError: it is not the log of a run.
     """
-    epochs = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            entry = json.loads(line)
-            epochs[entry["epoch"]] = entry
-        except (ValueError, KeyError, TypeError) as error:
-            raise SettingError(f"{path}, line {number}: not a line of a run's log ({error})") from error
-    return [epochs[epoch] for epoch in sorted(epochs)]
+    try:
+        return sorted(read_epochs(path), key=lambda entry: entry["epoch"])
+    except (KeyError, TypeError) as error:
+        raise SettingError(f"{path}: not the log.txt of a run: a line has no epoch") from error
 
 
 def flatten(entry: dict) -> dict[str, float]:
@@ -111,7 +108,7 @@ def find_pictures(folder: Path) -> list[list[Path]]:
     """
     found = {}
     for path in [*sorted(folder.glob("*")), *sorted(folder.glob("pictures/**/*"))]:
-        if path.suffix in PICTURES:
+        if path.suffix in PICTURES and path.name != "curves.png":  # the page draws the curves of all runs together
             clip = path.stem.removesuffix("_masks").removesuffix("_rows")
             found.setdefault(path.with_name(clip), []).append(path)
     *earlier, _ = [clip for clip in found if clip.name.startswith("epoch-")] or [None]
