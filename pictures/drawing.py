@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 
 from modeling_blocks import TUBELET
+from utils import whole_file
 
 CELL = 160  # a frame smaller than this is enlarged by a whole number
 GAP, MARGIN, ROW_LABEL, CHARACTER = 6, 10, 190, 6  # pixels
@@ -92,3 +94,33 @@ def animation(panels: Sequence[Panel], *, clip: int = 0, heading: str = "") -> n
     labels = [p.label for p in panels]
     headings = [f"{heading}  frame {k} of {len(cells)}".strip() for k in range(1, len(cells) + 1)]
     return np.stack([draw_grid(row[None], columns=labels, heading=h) for row, h in zip(cells, headings)])
+
+
+def to_palette(frame: np.ndarray) -> Image.Image:
+    """Reduces a picture (H,W,3) uint8 to the 256 colours of a GIF.
+
+    Of Pillow's quantisers only the octree keeps the colour scales true. A second pass assigns each pixel to the
+    nearest colour of its palette, which the octree does not.
+    """
+    picture = Image.fromarray(frame)
+    palette = picture.quantize(method=Image.Quantize.FASTOCTREE)
+    return picture.quantize(palette=palette, dither=Image.Dither.NONE)
+
+
+ANIMATIONS = {  # how a format takes frames (H,W,3) uint8, and its settings
+    "gif": (to_palette, {}),
+    "webp": (Image.fromarray, {"quality": 80, "method": 6}),
+}
+
+
+def save_animation(path: str, frames: np.ndarray, fps: float) -> None:
+    """Writes pictures (T,H,W,3) uint8 as an endless animation, with times in hundredths of a second, as GIF has them.
+
+    The format is the path's suffix, one of `ANIMATIONS`.
+    """
+    kind = Path(path).suffix.removeprefix(".")
+    take, settings = ANIMATIONS[kind]
+    first, *others = map(take, frames)
+    timing = {"duration": 10 * round(100 / fps), "loop": 0}
+    with whole_file(path) as file:
+        first.save(file, kind, save_all=True, append_images=others, **timing, **settings)

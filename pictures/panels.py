@@ -1,4 +1,4 @@
-"""Panels of what a pre-training model does with clips: video, prediction, error, probability and mask."""
+"""Panels of what a pre-training model does with clips: video, probability, mask, prediction and error."""
 
 import math
 
@@ -84,8 +84,8 @@ def mask_panel(rec: Reconstruction, title: str = "mask") -> Panel:
 
 
 def five_panels(rec: Reconstruction) -> list[Panel]:
-    """Video, prediction, error, probability and mask; all clips and frames share the scales."""
-    return [panel(rec) for panel in (video_panel, prediction_panel, error_panel, probability_panel, mask_panel)]
+    """Video, probability, mask, prediction and error; all clips and frames share the scales."""
+    return [panel(rec) for panel in (video_panel, probability_panel, mask_panel, prediction_panel, error_panel)]
 
 
 def three_rows(rec: Reconstruction) -> list[Panel]:

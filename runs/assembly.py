@@ -152,6 +152,7 @@ def open_session(
         reporters = open_reporters(args.report_to, **folders, resumes=args.auto_resume)
         log = RunLog(output_dir=args.output_dir, reporters=reporters, warn=console.warn)
     to_close.callback(log.close)
+    log.command(["python", flags.prog, *flags.words], processes=world.size)
     workers = usable_workers(most_workers) if args.num_workers is None else args.num_workers
     return Session(args, flags, world, console, log, signals, workers, to_close)
 

@@ -1,6 +1,7 @@
 """The flags that both programs have. Names are VideoMAE's."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -42,6 +43,7 @@ class Flags(argparse.ArgumentParser):
         ranges: the valid values of a flag, by name.
         neutral: names of flags that may change when a run is resumed without changing what is computed.
         given: names of the flags on the command line that was parsed last.
+        words: that command line, without the program.
     """
 
     def __init__(self, program: str, description: str):
@@ -49,9 +51,11 @@ class Flags(argparse.ArgumentParser):
         self.ranges: dict[str, Range] = {}
         self.neutral: set[str] = set()
         self.given: set[str] = set()
+        self.words: list[str] = []
 
     def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parses the command line; a short run without --warmup_epochs gets the published share, not epochs."""
+        self.words = list(sys.argv[1:] if argv is None else argv)
         args, nothing = super().parse_args(argv), object()
         absent = argparse.Namespace(**dict.fromkeys(vars(args), nothing))  # argparse keeps what a flag doesn't set
         self.given = {n for n, value in vars(super().parse_args(argv, absent)).items() if value is not nothing}

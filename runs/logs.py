@@ -1,6 +1,7 @@
-"""The log of a run: args.json, log.txt, curves.png, pictures, and what --report_to names."""
+"""The log of a run: args.json, command.txt, log.txt, curves.png, pictures, and what --report_to names."""
 
 import json
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,14 @@ class RunLog:
             with self._without_failing(file), whole_file(file, "w") as stream:
                 stream.write(json.dumps(values, indent=1) + "\n")
         self._report(lambda reporter: reporter.settings(values))
+
+    def command(self, words: Sequence[str], *, processes: int) -> None:
+        """Appends the command of this start of the run to command.txt."""
+        line = shlex.join(words) + (f"  # in each of {processes} processes" if processes > 1 else "")
+        if self.output_dir is not None:
+            path = self.output_dir / "command.txt"
+            with self._without_failing(path), path.open("a") as file:
+                file.write(line + "\n")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self.step = step

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline on a toy data set: makes demo videos, pre-trains on them with AdaMAE and, in parallel, with random
-# masking, visualises the sampler, and fine-tunes both models and one from scratch for the same number of steps.
-# An interrupted demo resumes when rerun.
+# masking, fine-tunes both models and one from scratch for the same number of steps, visualises the sampler, and puts
+# all results on one page, index.html. An interrupted demo resumes when rerun.
 #
 #   bash scripts/demo.sh
 #   SEED=1 OUTPUT_DIR=output/demo-1 bash scripts/demo.sh
@@ -20,10 +20,10 @@ common=(
     --input_size 32 --pos_embed sinusoid_3d --num_frames 16 --sampling_rate 1 --amp off --decoder pyav
     --num_workers 1 --save_ckpt_freq 1 --seed "$SEED"
 )
-# A small AdaMAE: 19 of 128 tokens visible; 6 epochs of 250 steps of 8 videos x 2 clips.
+# A small AdaMAE: 19 of 128 tokens visible; 5 epochs of 250 steps of 8 videos x 2 clips.
 pretrain=(
     $PYTHON run_mae_pretraining.py "${common[@]}" --model pretrain_videomae_tiny_patch8_64 --decoder_depth 2
-    --mask_ratio 0.85 --batch_size 8 --num_sample 2 --epochs 6 --warmup_steps 160 --lr 0.032 --min_lr 0.0016
+    --mask_ratio 0.85 --batch_size 8 --num_sample 2 --epochs 5 --warmup_steps 160 --lr 0.032 --min_lr 0.0016
     --warmup_epochs 1 --opt_betas 0.9 0.95 --vis_freq 2 --log_freq 50 --data_path "$OUT/videos/train.csv"
 )
 # 2 epochs of 125 steps of 16 clips, at a learning rate of 0.003, halved with every layer down; the crop is the only
@@ -36,31 +36,40 @@ finetune=(
     --labels "$OUT/videos/labels.txt" --short_side_size 36 --test_num_segment 1 --test_num_crop 3
 )
 
-beside() { # beside NAME COMMAND...: runs the command in the background, with output in NAME.log
-    beside=$OUT/$1.log
-    "${@:2}" >"$beside" 2>&1 &
-    job=$!
+# Two lanes, one core each. The second one runs in the background, with output in random.log.
+second_lane() {
+    trap 'kill $child; wait $child; exit 143' TERM
+    run "${pretrain[@]}" --mask_type random --output_dir "$OUT/random"
+    run "${finetune[@]}" --finetune "$OUT/random/checkpoint-4.pth" --output_dir "$OUT/finetuned_random"
+    run "${finetune[@]}" --output_dir "$OUT/finetuned_scratch"
 }
-join() { wait $job || { tail "$beside" >&2; exit 1; }; } # waits for the job started by `beside`
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT # Ctrl-C stops both
+run() { # runs a command so that a signal to the lane arrives at once
+    "$@" &
+    child=$!
+    wait $child
+}
+join() { wait $lane || { tail "$OUT/random.log" >&2; exit 1; }; }
+trap 'kill ${lane:-} 2>/dev/null || true' EXIT # Ctrl-C stops both
 
 echo "demo 1/5: making videos of ten motion classes"
-$PYTHON tools/make_demo_videos.py --output "$OUT/videos" --num_test 1000 --seed "$SEED"
+$PYTHON tools/make_demo_videos.py --output "$OUT/videos" --num_test 400 --seed "$SEED"
 
-echo "demo 2/5: pre-training with adaptive masking; in parallel with random masking (log: $OUT/random.log)"
-beside random "${pretrain[@]}" --mask_type random --output_dir "$OUT/random"
+echo "demo 2/5: pre-training with adaptive masking; in parallel with random masking, and fine-tuning from that and" \
+    "from scratch (log: $OUT/random.log)"
+second_lane >"$OUT/random.log" 2>&1 &
+lane=$!
 "${pretrain[@]}" --mask_type adaptive --output_dir "$OUT/adaptive"
-join
 
-echo "demo 3/5: fine-tuning from AdaMAE; in parallel from scratch (log: $OUT/finetuned_scratch.log)"
-beside finetuned_scratch "${finetune[@]}" --output_dir "$OUT/finetuned_scratch"
-"${finetune[@]}" --finetune "$OUT/adaptive/checkpoint-5.pth" --output_dir "$OUT/finetuned_adaptive"
-join
+echo "demo 3/5: fine-tuning from AdaMAE"
+"${finetune[@]}" --finetune "$OUT/adaptive/checkpoint-4.pth" --output_dir "$OUT/finetuned_adaptive"
 
-echo "demo 4/5: pictures and pre-training report; in parallel, fine-tuning from random masking"
-beside finetuned_random "${finetune[@]}" --finetune "$OUT/random/checkpoint-5.pth" --output_dir "$OUT/finetuned_random"
-$PYTHON tools/visualize.py --model "$OUT/adaptive/checkpoint-5.pth" --list "$OUT/videos/test.csv" \
-    --num_clips 6 --compare_masks --output "$OUT/pictures"
+echo "demo 4/5: pictures and pre-training report"
+$PYTHON tools/visualize.py --model "$OUT/adaptive/checkpoint-4.pth" --list "$OUT/videos/test.csv" \
+    --labels "$OUT/videos/labels.txt" --num_clips 4 --compare_masks --output "$OUT/pictures"
+while [[ ! -e $OUT/random/checkpoint-4.pth ]]; do # commonly there long since
+    kill -0 $lane 2>/dev/null || join
+    sleep 1
+done
 $PYTHON tools/demo_report.py --data "$OUT/videos/test.csv" --output "$OUT" \
     --models "adaptive=$OUT/adaptive" "random=$OUT/random"
 join
@@ -68,4 +77,6 @@ join
 echo "demo 5/5: comparing the fine-tuned models"
 $PYTHON tools/demo_table.py --output "$OUT" --runs "from AdaMAE=$OUT/finetuned_adaptive" \
     "from random masking=$OUT/finetuned_random" "from scratch=$OUT/finetuned_scratch"
-echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; see report.png, finetuning.png and pictures/ in $OUT"
+$PYTHON tools/report_page.py --title "The demo: AdaMAE on ten motions" "$OUT" "$OUT"/{adaptive,random} \
+    "$OUT"/finetuned_{adaptive,random,scratch}
+echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s; open $OUT/index.html in a browser"

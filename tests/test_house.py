@@ -1,4 +1,4 @@
-"""The layout: which files stand where, what may import what, and how long things may get (README, "The rooms")."""
+"""The layout: which files stand where, what may import what, and how long things may get (CONTRIBUTING.md)."""
 
 import ast
 import functools

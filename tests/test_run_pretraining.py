@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import pytest
 import torch
@@ -67,6 +68,9 @@ def test_a_run_leaves_checkpoints_log_and_scalars(straight):
     expected = {"loss_reconstruction", "loss_sampling", "probs_entropy", "probs_max", "data_wait", "bad_videos"}
     assert expected | {"clips_per_second", "lr"} <= set(log(output)[0])
     assert any(output.glob("events.out.tfevents.*"))
+    (command,) = (output / "command.txt").read_text().splitlines()
+    assert shlex.split(command)[:2] == ["python", "run_mae_pretraining.py"]
+    assert vars(get_args_parser().parse_args(shlex.split(command)[2:]))["output_dir"] == str(output)
     assert "12 of 128 tokens visible" in console
     assert re.search(r"epoch 1  step 4/4  loss \d.*  left 0:00:00", console)
 

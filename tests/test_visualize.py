@@ -68,7 +68,7 @@ def by_token(frames, rec):
 @pytest.mark.parametrize("mask_type", ["adaptive", "tube"])
 def test_five_panels_of_every_frame(pixels, mask_type):
     shown = panels.five_panels(reconstruct(make_model(mask_type=mask_type), pixels, SHOWN))
-    assert [p.label.title.split()[0] for p in shown] == [*("video", "prediction", "error", "probability", "mask")]
+    assert [p.label.title.split()[0] for p in shown] == [*("video", "probability", "mask", "prediction", "error")]
     assert all(p.frames.shape == (2, 8, 32, 32, 3) and p.frames.dtype == np.uint8 for p in shown)
     assert np.array_equal(shown[0].frames, frames_of(pixels))
 
@@ -320,15 +320,17 @@ def test_frames_are_chosen_as_in_training_unless_a_flag_says_otherwise(tmp_path,
     assert clips("--sampling", "pretrain", "--sampling_rate", "2") == {"sampling": "pretrain", "sampling_rate": 2}
 
 
-def test_a_gif_keeps_the_colours(tmp_path, model, pixels):
+@pytest.mark.parametrize("kind", drawing.ANIMATIONS)
+def test_an_animation_keeps_the_colours(tmp_path, model, pixels, kind):
     frames = drawing.animation(panels.five_panels(reconstruct(model, pixels, SHOWN)))
-    visualize.save_gif(tmp_path / "clip.gif", frames, fps=8)
-    with Image.open(tmp_path / "clip.gif") as gif:
-        assert gif.info["duration"] == 120
-        assert gif.info["loop"] == 0
+    drawing.save_animation(tmp_path / f"clip.{kind}", frames, fps=8)
+    with Image.open(tmp_path / f"clip.{kind}") as moving:
+        assert moving.n_frames == len(frames)
+        assert moving.info["loop"] == 0
         for k, frame in enumerate(frames):
-            gif.seek(k)
-            error = np.asarray(gif.convert("RGB")).astype(float) - frame
+            moving.seek(k)
+            assert moving.convert("RGB") and moving.info["duration"] == 120  # a WebP has its times with its pixels
+            error = np.asarray(moving.convert("RGB")).astype(float) - frame
             assert np.sqrt((error**2).mean()) < 4
 
 
@@ -336,9 +338,18 @@ def test_draws_some_videos_of_a_list(tmp_path, checkpoint, monkeypatch):
     for k in range(5):
         write_video(tmp_path / f"{k}.mp4", 8)
     (tmp_path / "val.csv").write_text("".join(f"{k}.mp4 {k}\n" for k in range(5)))
-    output = tmp_path / "pictures"
-    run(monkeypatch, "--model", checkpoint, "--list", tmp_path / "val.csv", "--num_clips", 3, "--output", output)
+    output, headings = tmp_path / "pictures", []
+    drawn = visualize.filmstrip
+    monkeypatch.setattr(
+        visualize, "filmstrip", lambda *a, heading: headings.append(heading) or drawn(*a, heading=heading)
+    )
+    words = ["--model", checkpoint, "--list", tmp_path / "val.csv", "--num_clips", 3, "--output", output]
+    run(monkeypatch, *words)
     assert sorted(p.name for p in output.glob("*.gif")) == ["0.gif", "2.gif", "4.gif"]
+    assert headings == ["0", "2", "4"]
+    (tmp_path / "labels.txt").write_text("up\ndown\nleft\nright\nrotate_cw\n")
+    run(monkeypatch, *words, "--labels", tmp_path / "labels.txt")
+    assert headings[3:] == ["0: up", "2: left", "4: rotate_cw"]
 
 
 def test_the_clip_is_the_middle_of_the_video(tmp_path):
@@ -392,6 +403,7 @@ def test_a_broken_video_is_reported_and_the_others_are_drawn(tmp_path, checkpoin
         (["--mask_ratio", "1.5"], r"--mask_ratio 1\.5"),
         (["--compare_masks", "0.99"], r"--mask_ratio 0\.99"),
         (["--fps", "0"], "--fps 0"),
+        (["--labels", "labels.txt"], "--labels names the classes of a --list"),
         (["--error_top", "-1"], "--error_top -1"),
         (["--sampling_rate", "0"], "--sampling_rate 0"),
         (["--num_clips", "0"], "--num_clips 0"),

@@ -1,4 +1,4 @@
-"""Draws what a pre-trained model does with videos: video | prediction | error | probability | mask.
+"""Draws what a pre-trained model does with videos: video | probability | mask | prediction | error.
 
     python tools/visualize.py --model output/checkpoint-799.pth --output output/pictures a.mp4 folder
     python tools/visualize.py --model output/checkpoint-799.pth --list val.csv --output output/pictures
@@ -7,7 +7,7 @@ Takes checkpoints of this repository and of the published AdaMAE, VideoMAE and M
 video: a clip of the model's length, its central square resized to the model's input. The files are written below
 --output and named after the video, with as many of its folders as it takes to keep names apart:
 
-    <video>.gif          the five panels side by side, frame by frame
+    <video>.gif          the five panels side by side, frame by frame (or .webp, --animation)
     <video>.png          the same as rows, with a column for every time slot of two frames
     <video>_rows.png     with --three_rows: original, masked, reconstruction, as in the papers
     <video>_masks.png    with --compare_masks: random, tube, frame and adaptive masks at one ratio
@@ -35,8 +35,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules at the top of the repository
 
 from augment import COLOUR_STATISTICS, to_pixels
+from clips.class_names import ClassNames, number_lists
 from clips.decoders import DECODERS, resolve_decoder
-from clips.lists import read_list
+from clips.lists import ListError, read_list
 from clips.transforms import View, apply_view
 from clips.video import open_video
 from clips.video_index import VideoError
@@ -46,7 +47,7 @@ from modeling_blocks import TUBELET
 from modeling_finetune import colour_statistics
 from modeling_pretrain import PRETRAIN_MODELS, PretrainVisionTransformer
 from pictures import panels
-from pictures.drawing import animation, filmstrip
+from pictures.drawing import ANIMATIONS, animation, filmstrip, save_animation
 from pictures.reconstruction import SHOW_VISIBLE, PictureSettings, reconstruct
 from tools.inference.trained import find_videos, run_tool
 from utils import SettingError, UserError, choose_device, counted, whole_file
@@ -65,6 +66,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("videos", nargs="*", metavar="VIDEO", help="video files, and folders to search for them")
     add("--list", metavar="FILE", help="instead of them, a list of videos, `path [label]` a line")
     add("--data_root", metavar="DIR", help="folder that paths in the list start from (default: the list's)")
+    add("--labels", metavar="FILE", help="class names of the list, one a line, for the headings (default: the list's)")
     add("--num_clips", type=int, default=8, help="videos of the list, spread evenly (default: %(default)s)")
     add("--output", required=True, metavar="DIR", help="folder for the pictures")
     add("--teacher", default="", metavar="FILE",
@@ -83,7 +85,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="whether the model predicts normalised targets (default: as trained, true if unknown)")
     add("--sampling", choices=list(FRAME_RULES), help="frame rule (default: as trained)")
     add("--sampling_rate", type=int, help="frames of the video from one to the next (default: as trained, 4)")
-    add("--fps", type=float, default=8, help="frames per second of the GIF (default: %(default)s)")
+    add("--fps", type=float, default=8, help="frames per second of the moving picture (default: %(default)s)")
+    add("--animation", choices=list(ANIMATIONS), default="gif",
+        help="format of the moving picture; a WebP is a third as large (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the masks (default: %(default)s)")
     add("--decoder", choices=["auto", *DECODERS], default="auto", help="video decoder")
     add("--device", default="auto", help="auto, cuda, cuda:1, cpu")
@@ -132,6 +136,8 @@ def check_settings(args: argparse.Namespace) -> None:
     for name in ("num_clips", "sampling_rate"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise SettingError(f"--{name} {getattr(args, name)} must be at least 1")
+    if args.labels and not args.list:
+        raise SettingError("--labels names the classes of a --list, which is missing")
     if not 0 < args.fps <= 50:
         raise SettingError(f"--fps {args.fps:g} must lie between 0 and 50; players show a GIF no faster")
     if args.error_top is not None and args.error_top <= 0:
@@ -150,6 +156,21 @@ def list_videos(args: argparse.Namespace) -> list[str]:
     videos = read_list(args.list, args.data_root)
     chosen = np.linspace(0, len(videos) - 1, min(args.num_clips, len(videos)), dtype=int)
     return list(dict.fromkeys(videos[i].path for i in chosen.tolist()))
+
+
+def list_classes(args: argparse.Namespace) -> dict[str, str]:
+    """The name of each video's class by its path, from the list or by --labels; empty where there are no names.
+
+    Raises:
+        ListError: the names can't be read, or the list has a class without one.
+    """
+    if not args.list:
+        return {}
+    videos = read_list(args.list, args.data_root)
+    names = number_lists({"list": videos}, labels=args.labels) if args.labels else ClassNames(videos.class_names)
+    if names.names and videos.labels.max() >= len(names.names):
+        raise ListError(f"{names.source} has {len(names.names)} names, but {args.list} the label {videos.labels.max()}")
+    return {video.path: names.names[video.label] for video in videos if names.names and video.label is not None}
 
 
 def picture_names(paths: Sequence[str]) -> list[Path]:
@@ -181,48 +202,34 @@ def load_clip(
     return to_pixels(apply_view(frames, view, size)).transpose(0, 1)[None]  # (1,3,T,S,S)
 
 
-def to_palette(frame: np.ndarray) -> Image.Image:
-    """Reduces a picture (H,W,3) uint8 to the 256 colours of a GIF.
-
-    Of Pillow's quantisers only the octree keeps the colour scales true. A second pass assigns each pixel to the
-    nearest colour of its palette, which the octree does not.
-    """
-    picture = Image.fromarray(frame)
-    palette = picture.quantize(method=Image.Quantize.FASTOCTREE)
-    return picture.quantize(palette=palette, dither=Image.Dither.NONE)
-
-
-def save_gif(path: str, frames: np.ndarray, fps: float) -> None:
-    """Writes pictures (T,H,W,3) uint8 as an endless GIF, whose format rounds times to hundredths of a second."""
-    first, *others = map(to_palette, frames)
-    with whole_file(path) as file:
-        first.save(file, "gif", save_all=True, append_images=others, duration=10 * round(100 / fps), loop=0)
-
-
 def save_png(path: str, picture: np.ndarray) -> None:
     with whole_file(path) as file:
         Image.fromarray(picture).save(file, format="png")
 
 
 def draw_clip(
-    model: PretrainVisionTransformer, pixels: Tensor, settings: PictureSettings, name: Path, args: argparse.Namespace
+    model: PretrainVisionTransformer,
+    pixels: Tensor,
+    settings: PictureSettings,
+    output: Path,
+    heading: str,
+    args: argparse.Namespace,
 ) -> list[str]:
-    """Writes the pictures of one clip (1,3,T,H,W) below the output folder; returns the files."""
-    output, ratio = Path(args.output) / name, args.compare_masks
+    """Writes the pictures of one clip (1,3,T,H,W) to files that begin with `output`; returns them."""
+    ratio = args.compare_masks
     output.parent.mkdir(parents=True, exist_ok=True)
-    files = [f"{output}.gif", f"{output}.png"]
+    files = [f"{output}.{args.animation}", f"{output}.png"]
     rec = reconstruct(model, pixels, settings)
     five = panels.five_panels(rec)
-    save_gif(files[0], animation(five, heading=str(name)), args.fps)
-    save_png(files[1], filmstrip(five, heading=str(name)))
+    save_animation(files[0], animation(five, heading=heading), args.fps)
+    save_png(files[1], filmstrip(five, heading=heading))
     if args.three_rows:
         files.append(f"{output}_rows.png")
-        save_png(files[-1], filmstrip(panels.three_rows(rec), heading=str(name)))
+        save_png(files[-1], filmstrip(panels.three_rows(rec), heading=heading))
     if ratio is not None:
         files.append(f"{output}_masks.png")
         compared = panels.mask_panels(model, pixels, settings, mask_ratio=ratio)
-        heading = f"{name}, {ratio:.4g} of the patches masked by each rule"
-        save_png(files[-1], filmstrip(compared, heading=heading))
+        save_png(files[-1], filmstrip(compared, heading=f"{heading}, {ratio:.4g} of the patches masked by each rule"))
     return files
 
 
@@ -270,6 +277,7 @@ def draw(args: argparse.Namespace) -> int:
     check_settings(args)
     paths = list_videos(args)
     print(counted(len(paths), "video"), flush=True)
+    classes = list_classes(args)
     model, settings, clips = load_model(args)
     failed = 0
     for path, name in zip(tqdm(paths, unit="video", disable=None), picture_names(paths), strict=True):
@@ -279,7 +287,9 @@ def draw(args: argparse.Namespace) -> int:
             failed += 1
             tqdm.write(f"visualize.py: {error}", file=sys.stderr)
             continue
-        files = draw_clip(model, pixels.to(next(model.parameters()).device), settings, name, args)
+        heading = f"{name}: {classes[path]}" if path in classes else str(name)
+        pixels = pixels.to(next(model.parameters()).device)
+        files = draw_clip(model, pixels, settings, Path(args.output) / name, heading, args)
         tqdm.write(f"{path} -> {', '.join(files)}")
     return failed
 

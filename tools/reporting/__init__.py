@@ -1,0 +1,1 @@
+"""What report_page.py is made of."""
