@@ -158,6 +158,8 @@ def make_data_set(args: argparse.Namespace) -> list[str]:
     """
     if args.size % 2 or not 16 <= args.size <= 480 or min(args.num_frames, args.max_steps, args.workers) < 1:
         raise SettingError("--size must be even and 16 to 480; --num_frames, --max_steps, --workers at least 1")
+    if args.max_steps < args.num_frames:
+        raise SettingError(f"--max_steps {args.max_steps} is less than --num_frames {args.num_frames}")
     if unknown := sorted(set(args.tasks) - set(TASKS)):
         raise SettingError(f"--tasks {' '.join(unknown)}: no such task; the tasks are {', '.join(TASKS)}")
     recipe = Recipe(args.seed, args.size, args.num_frames, args.max_steps, args.crf)

@@ -20,6 +20,7 @@ from metaworld.policies import ENV_POLICY_MAP
 
 warnings.filterwarnings("ignore", message="Constant", category=UserWarning)  # actions are clipped
 
+GEOM = int(mujoco.mjtObj.mjOBJ_GEOM)  # comparing an array with the enum takes as long as an image
 AFTER_SUCCESS = 8  # steps that an episode goes on for
 START = 0.05  # how far the hand starts from its usual place, along each axis, in metres
 NOISE = 0.15  # largest standard deviation of the noise on a policy's actions, which are in [-1,1]
@@ -59,7 +60,7 @@ class Simulator:
         self.model.vis.quality.offsamples = 0  # half the time of an image; a video of 112 pixels hardly shows it
         self.renderer = mujoco.Renderer(self.model, size, size)
         for effect in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            self.renderer.scene.flags[effect] = False  # four fifths of the time of an image
+            self.renderer.scene.flags[effect] = False  # most of the time of an image
         self.options = mujoco.MjvOption()
         self.options.sitegroup[:] = 0  # marks of the goal
 
@@ -104,7 +105,7 @@ class Simulator:
     def foreground(self, segments: np.ndarray) -> np.ndarray:
         """Bool (H,W) from MuJoCo's segmentation int32 (H,W,2): object and its type; -1 is the sky."""
         number, kind = segments[..., 0], segments[..., 1]
-        return (kind == mujoco.mjtObj.mjOBJ_GEOM) & self.movable[np.clip(number, 0, self.model.ngeom - 1)]
+        return (kind == GEOM) & self.movable[np.clip(number, 0, self.model.ngeom - 1)]
 
 
 def places_in(seen: np.ndarray) -> np.ndarray:

@@ -52,7 +52,8 @@ def run_tasks(
     context.set_forkserver_preload(["av", "torch"])  # imported once, not by every worker
     pool = ProcessPool(max(1, min(workers, len(tasks))), max_tasks=max_tasks, context=context)
     waiting, running = enumerate(tasks), {}
-    bar = tqdm(total=len(tasks), unit=unit, mininterval=1 if sys.stderr.isatty() else 60, smoothing=0.05)
+    seconds = 1 if sys.stderr.isatty() else 60
+    bar = tqdm(total=len(tasks), unit=unit, mininterval=seconds, smoothing=0.05, disable=not tasks)
     try:
         while True:
             for number, task in islice(waiting, 2 * workers - len(running)):  # one more each, so that none waits
