@@ -150,18 +150,22 @@ def require_simulator() -> None:
         raise SettingError(f"no off-screen OpenGL for MUJOCO_GL={platform} ({error}): {advice}") from error
 
 
-def make_data_set(args: argparse.Namespace) -> list[str]:
-    """Makes the videos that are not there yet, and the lists; returns what went wrong, a line each.
-
-    Raises:
-        SettingError: a setting is wrong, the simulator is missing, or the folder has videos made with other settings.
-    """
+def check_settings(args: argparse.Namespace) -> None:
     if args.size % 2 or not 16 <= args.size <= 480 or min(args.num_frames, args.max_steps, args.workers) < 1:
         raise SettingError("--size must be even and 16 to 480; --num_frames, --max_steps, --workers at least 1")
     if args.max_steps < args.num_frames:
         raise SettingError(f"--max_steps {args.max_steps} is less than --num_frames {args.num_frames}")
     if unknown := sorted(set(args.tasks) - set(TASKS)):
         raise SettingError(f"--tasks {' '.join(unknown)}: no such task; the tasks are {', '.join(TASKS)}")
+
+
+def make_data_set(args: argparse.Namespace) -> list[str]:
+    """Makes the videos that are not there yet, and the lists; returns what went wrong, a line each.
+
+    Raises:
+        SettingError: a setting is wrong, the simulator is missing, or the folder has videos made with other settings.
+    """
+    check_settings(args)
     recipe = Recipe(args.seed, args.size, args.num_frames, args.max_steps, args.crf)
     tasks = sorted(set(args.tasks))
     videos = plan(tasks, {"train": args.num_train, "val": args.num_val, "test": args.num_test})
