@@ -27,21 +27,33 @@ class Failure(NamedTuple):
 
 
 def run_tasks(
-    function: Callable[[Any], Any], tasks: Sequence[Any], *, workers: int, timeout: float
+    function: Callable[[Any], Any],
+    tasks: Sequence[Any],
+    *,
+    workers: int,
+    timeout: float,
+    max_tasks: int = 0,
+    unit: str = "video",
 ) -> Iterator[tuple[int, Any]]:
     """Yields (number, function(tasks[number])) as tasks are completed by `workers` processes, with a progress bar.
 
     A task that raises an exception, crashes its process or takes longer than `timeout` seconds yields a Failure;
     the process is replaced. Closing the iterator ends all processes. `function` is one at the top of a module.
 
+    Args:
+        timeout: in seconds.
+        max_tasks: number of tasks after which a process is replaced; 0 for any number.
+        unit: what the progress bar calls a task.
+
     Raises:
         BrokenProcessPool: processes die as soon as they start.
     """
     context = multiprocessing.get_context("forkserver")  # workers fork from a process that has no threads
     context.set_forkserver_preload(["av", "torch"])  # imported once, not by every worker
-    pool = ProcessPool(max(1, min(workers, len(tasks))), context=context)
+    pool = ProcessPool(max(1, min(workers, len(tasks))), max_tasks=max_tasks, context=context)
     waiting, running = enumerate(tasks), {}
-    bar = tqdm(total=len(tasks), unit="video", mininterval=1 if sys.stderr.isatty() else 60, smoothing=0.05)
+    seconds = 1 if sys.stderr.isatty() else 60
+    bar = tqdm(total=len(tasks), unit=unit, mininterval=seconds, smoothing=0.05, disable=not tasks)
     try:
         while True:
             for number, task in islice(waiting, 2 * workers - len(running)):  # one more each, so that none waits
