@@ -405,11 +405,14 @@ def test_check_finds_what_is_wrong_and_passes_what_is_right(tmp_path):
     (tmp_path / "train.csv").write_text("good one.mp4 2\n\ncut.mp4 0\na.mp4 dancing\ngood one.mp4\n")
     (tmp_path / "val.csv").write_text("gone.mp4 0\ngood one.mp4 0\n")
     wrong = prepare("--check", "--input", tmp_path, "--nb_classes", 2, "--workers", 2, "--output", tmp_path / "o")
-    assert wrong.returncode == 1 and "5 faults" in wrong.stdout
-    found = {(os.path.basename(row["list"]), int(row["line"])): row["reason"] for row in rows(tmp_path / "o/check.csv")}
+    assert wrong.returncode == 1 and "6 faults" in wrong.stdout  # line 4 has two
+    found = {}
+    for row in rows(tmp_path / "o/check.csv"):
+        found.setdefault((os.path.basename(row["list"]), int(row["line"])), []).append(row["reason"])
     assert set(found) == {("train.csv", 1), ("train.csv", 3), ("train.csv", 4), ("train.csv", 5), ("val.csv", 1)}
-    assert "the label 2, not one from 0 to 1" in found["train.csv", 1] and "no label" in found["train.csv", 5]
-    assert "dancing" in found["train.csv", 4] and "No such file" in found["val.csv", 1]
+    assert found["train.csv", 1] == ["the label 2, not one from 0 to 1"] and "no label" in found["train.csv", 5][0]
+    assert found["train.csv", 4][0] == "the label 'dancing', where line 1 has 2"
+    assert all("No such file" in found[where][-1] for where in (("train.csv", 4), ("val.csv", 1)))
 
 
 def test_check_of_a_folder_without_lists_looks_at_its_videos(tmp_path):

@@ -35,7 +35,7 @@ def find_lines(given: Path, data_root: Path | None, num_classes: int | None) -> 
 
 def check_lines(file: Path, data_root: Path | None, num_classes: int | None) -> list[Line]:
     """Every line of a list that has a video, or should have one."""
-    root, lines = data_root or file.parent, []
+    root, lines, first = data_root or file.parent, [], None
     with file.open(encoding="utf-8-sig", errors="surrogateescape") as f:
         for number, text in enumerate(map(str.strip, f), start=1):
             if not text or text.startswith("#"):
@@ -45,12 +45,19 @@ def check_lines(file: Path, data_root: Path | None, num_classes: int | None) -> 
             except ValueError as error:
                 lines.append(Line(str(file), number, "", str(error)))
                 continue
-            wrong = None
-            if num_classes is not None and isinstance(label, int) and not 0 <= label < num_classes:
-                shown = "no label" if label == NO_LABEL else f"the label {label}"
-                wrong = f"{shown}, not one from 0 to {num_classes - 1}"
-            lines.append(Line(str(file), number, os.path.join(root, path), wrong))
+            first = first or (label != NO_LABEL and (label, number)) or None
+            lines.append(Line(str(file), number, os.path.join(root, path), wrong_label(label, first, num_classes)))
     return lines or [Line(str(file), 0, "", "the list is empty")]
+
+
+def wrong_label(label: int | str, first: tuple[int | str, int] | None, num_classes: int | None) -> str | None:
+    """What is wrong with a label, if anything; `first` is the list's first one and its line."""
+    if first and label != NO_LABEL and isinstance(label, str) != isinstance(first[0], str):
+        return f"the label {label!r}, where line {first[1]} has {first[0]!r}"
+    if num_classes is not None and isinstance(label, int) and not 0 <= label < num_classes:
+        shown = "no label" if label == NO_LABEL else f"the label {label}"
+        return f"{shown}, not one from 0 to {num_classes - 1}"
+    return None
 
 
 def check_videos(lines: Sequence[Line], report: Path, *, decoder: str, workers: int, timeout: float) -> list[Line]:
