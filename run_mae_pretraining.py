@@ -109,7 +109,8 @@ def get_args_parser() -> Flags:
         help="frames of a clip that are predicted, evenly spread (default: all; MAE-ST: half of them)")
     add("--loss", default="mse", choices=list(ERRORS), help="reconstruction error of a token")
     add("--sampling_loss", default="log", choices=list(SAMPLING_LOSSES),
-        help="log: -mean(log p * error), published code; linear: -sum(p * error), paper; score_function: PRETRAIN.md")
+        help="log: -mean(log p * error), published code; linear: -sum(p * error), paper; score_function: expected "
+             "error (docs/paper_and_code.md)")
     add("--sampling_loss_weight", default=1e-4, type=float, help="weight of the sampling loss")
     add("--sampling_entropy_weight", default=0.0, type=float, valid=AT_LEAST_ZERO,
         help="weight of the entropy of P / log N, which the sampler then maximises too")

@@ -108,7 +108,7 @@ def _join(device: torch.device, dist_url: str, rank: int, size: int, dist_timeou
     except dist.DistBackendError as error:
         raise SettingError(
             f"rank {rank} on host {socket.gethostname()}: {backend} could not connect {device} with the others' "
-            f"({str(error).splitlines()[0]}): NCCL_DEBUG=INFO tells more; see NCCL_SOCKET_IFNAME in PRETRAIN.md"
+            f"({str(error).splitlines()[0]}): NCCL_DEBUG=INFO tells more; see NCCL_SOCKET_IFNAME in docs/cluster.md"
         ) from error
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if "env" in dist_url else dist_url

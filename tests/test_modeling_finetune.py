@@ -480,7 +480,7 @@ def test_a_classifier_is_reset_to_other_classes_and_another_pooling(settings):
 
 @pytest.mark.parametrize("name", [TINY, TINY_MAE_ST])
 def test_an_exported_program_gives_the_same_logits_for_any_batch(name):
-    """The recipe of FINETUNE.md."""
+    """The recipe of MODELS.md."""
     model = tiny(name, init_scale=1.0)
     batch = {0: torch.export.Dim("batch")}
     program = torch.export.export(model, (clips(2),), dynamic_shapes=(batch,), strict=True).module()

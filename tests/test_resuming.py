@@ -176,7 +176,7 @@ def test_a_checkpoint_tells_where_and_by_what_it_was_made(data, tmp_path, monkey
         "best",
         "progress",
     }
-    assert expected | {"args", "model_settings", "version"} == set(state)
+    assert expected | {"args", "model_settings", "class_names", "version"} == set(state)
     layout = {"num_videos": 9, "seed": 0, "world_size": 1, "batch_size": 2, "update_freq": 1}
     assert state["layout"] == layout
     assert state["version"] == code_version()

@@ -248,7 +248,7 @@ def test_mae_sts_recipe_has_its_published_rates_and_arithmetic():
 def test_probe_freezes_the_encoder_it_is_given(recipe):
     args = parsed(recipe)
     assert (args.linear_probe, args.attentive_probe) == ("linear" in recipe.stem, "attentive" in recipe.stem)
-    assert f"`scripts/ssv2/{recipe.name}`" in (ROOT / "FINETUNE.md").read_text()
+    assert f"`scripts/ssv2/{recipe.name}`" in (ROOT / "docs/probes.md").read_text()
     assert args.finetune == os.devnull
     assert (args.mixup, args.cutmix, args.smoothing, args.drop_path) == (0, 0, 0, 0)
 
@@ -282,13 +282,15 @@ def test_finetuning_from_scratch_loads_nothing_and_from_timm_no_file():
 
 
 def test_documents_name_only_flags_of_the_programs():
-    tools = set(re.findall(r'"(--[a-z_]+)"', "".join(p.read_text() for p in ROOT.glob("tools/**/*.py"))))
+    programs = [*ROOT.glob("tools/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+    tools = set(re.findall(r'"(--[a-z_]+)"', "".join(p.read_text() for p in programs)))
     declared = {
         "PRETRAIN.md": flags_of("run_mae_pretraining.py"),
         "FINETUNE.md": flags_of("run_class_finetuning.py") | tools,
         "DATASET.md": flags_of(*PARSERS) | tools,
         "MODELS.md": flags_of("run_class_finetuning.py") | tools,
-        "docs/own_videos.md": flags_of(*PARSERS),
+        **{f"docs/{name}.md": flags_of(*PARSERS) for name in ("own_videos", "cluster", "paper_and_code", "terms")},
+        "docs/probes.md": flags_of("run_class_finetuning.py") | tools,
     }
     launchers = "".join((ROOT / "scripts" / name).read_text() for name in ("slurm.sh", "launch.sh"))
     theirs = set(re.findall(r"--[a-z][a-z_]*", launchers)) | {"--help"}

@@ -1,5 +1,6 @@
 """Seeds, meters and what a person reads."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -136,5 +137,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     Console(total_steps=10, show=False).report(5, "epoch 0", loss="0.5")
     console.warn("beware")
     out, err = capsys.readouterr()
-    assert out.count("\n") == 1 and out.startswith("epoch 0  step 5/10  loss 0.5  left ")
+    first, second = out.splitlines()
+    assert re.fullmatch(r"step 1/10 done after \d+\.\d s", first)
+    assert second.startswith("epoch 0  step 5/10  loss 0.5  left ")
     assert err == "beware\n"
