@@ -363,7 +363,7 @@ def test_slurm_job_starts_one_task_per_gpu():
         ({"NNODES": 2}, "set MASTER_ADDR"),
         ({"NNODES": 2, "MASTER_ADDR": "first"}, "set NODE_RANK to this machine's number, 0 to 1"),
         ({"SLURM_JOB_ID": 7}, "--ntasks-per-node"),
-        ({"LAUNCHER": "mpirun"}, "it is torchrun or srun"),
+        ({"LAUNCHER": "mpirun"}, "it is torchrun, srun or none"),
     ],
 )
 def test_wrong_setting_is_one_line_that_says_what_to_change(environment, message):
