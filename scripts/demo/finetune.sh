@@ -3,8 +3,8 @@
 # in scripts/demo.sh. Half a minute on one core.
 # No number is published for it.
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
-TOTAL_BATCH=16
-BATCH_SIZE=${BATCH_SIZE:-16}
+TOTAL_BATCH=${TOTAL_BATCH:-16}
+BATCH_SIZE=${BATCH_SIZE:-$TOTAL_BATCH}
 
 finetune --model vit_tiny_patch8_64 --input_size 32 --data_set custom --nb_classes 10 --sampling_rate 1 --num_sample 1 \
     --epochs 2 --warmup_steps 40 --lr 0.048 --min_lr 0.00048 --layer_decay 0.5 --slot_pooling --init_scale 1 \

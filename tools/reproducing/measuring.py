@@ -75,10 +75,10 @@ def measure(settings: dict, clips: int = CLIPS, *, data: bool = False) -> dict[s
         data: on the CPU, compute with real tensors.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, side = create_pretrain_model(**settings), settings.get("input_size")
+    own = PRETRAIN_MODELS[settings["name"]].target if settings.get("target", "pixels") == "pixels" else {}
+    model, side = create_pretrain_model(**settings, target_settings=own), settings.get("input_size")
     side = side or int(settings["name"].rpartition("_")[2])
     fake, shape = device.type == "cpu" and not data, (3, settings.get("num_frames", 16), side, side)
-    own = PRETRAIN_MODELS[settings["name"]].target if settings.get("target", "pixels") == "pixels" else {}
     found = {"visible": model.masking.num_visible, "tokens": model.masking.num_tokens}
     with contextlib.ExitStack() as stack:
         if device.type == "cpu":  # the GPU's path through the attention, which stores the same
