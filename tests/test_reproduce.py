@@ -21,7 +21,7 @@ from runs.checkpoints import save_checkpoint
 from tools import reproduce
 from tools.reproducing.collecting import differs
 from tools.reproducing.measuring import Measurements, forward_flop, measure, model_settings
-from tools.reproducing.plan import plan, recipe_flags, total_batch_of
+from tools.reproducing.plan import parse_flags, plan, recipe_flags, total_batch_of
 from tools.reproducing.running import chains_of
 from tools.reproducing.scales import SCALES, Recipe, Scale
 from tools.reproducing.tables import TABLES
@@ -162,6 +162,12 @@ def test_printed_commands_are_the_recipes_with_the_rows_flags():
 def test_what_is_wrong_is_told_in_one_line(flags, message, tmp_path):
     done = run_tool(*(flag.format(tmp=tmp_path) for flag in flags))
     assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_last_one_of_a_repeated_flag_counts():
+    words = "--device cuda --amp off --device auto --opt_betas 0.9 0.95 --lr=1".split()
+    expected = {"device": ("auto",), "amp": ("off",), "opt_betas": ("0.9", "0.95"), "lr": ("1",)}
+    assert parse_flags(words) == expected
 
 
 # --- SLURM --------------------------------------------------------------------------------------------------

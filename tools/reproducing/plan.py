@@ -79,9 +79,9 @@ def parse_flags(words: tuple[str, ...] | list[str]) -> Flags:
     for word in words:
         if word.startswith("--"):
             name, _, value = word[2:].partition("=")
-            found[name] = [value] if value else []
+            values = found[name] = [value] if value else []
         else:
-            list(found.values())[-1].append(word)
+            values.append(word)
     return {name: tuple(values) for name, values in found.items()}
 
 
