@@ -165,7 +165,7 @@ def test_what_is_wrong_is_told_in_one_line(flags, message, tmp_path):
 
 
 def test_the_last_one_of_a_repeated_flag_counts():
-    words = "--device cuda --amp off --device auto --opt_betas 0.9 0.95 --lr=1".split()
+    words = ["--device", "cuda", "--amp", "off", "--device", "auto", "--opt_betas", "0.9", "0.95", "--lr=1"]
     expected = {"device": ("auto",), "amp": ("off",), "opt_betas": ("0.9", "0.95"), "lr": ("1",)}
     assert parse_flags(words) == expected
 
