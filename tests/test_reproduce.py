@@ -28,11 +28,11 @@ from tools.reproducing.tables import TABLES
 from tools.reproducing.writing import BEGIN, END
 
 FULL = SCALES["full"]
-FEW_STEPS = "--num_workers 0 --decoder pyav --log_freq 1"
+FEW_STEPS = "--num_workers 0 --decoder pyav --decode_timeout 0 --log_freq 1"
 SMALLEST = Scale(
     title="eight videos",
     recipes={
-        "pretrain_adamae": Recipe("demo/pretrain", f"--epochs 12 --decoder_depth 1 {FEW_STEPS}", 4),
+        "pretrain_adamae": Recipe("demo/pretrain", f"--epochs 8 --decoder_depth 1 {FEW_STEPS}", 4),
         "finetune_adamae": Recipe("demo/finetune", f"--epochs 1 {FEW_STEPS}", 4),
     },
     environment={"LAUNCHER": "none", "OMP_NUM_THREADS": "1"},
@@ -304,7 +304,7 @@ def run_args(run) -> dict:
 
 
 def test_collected_tables_equal_the_stored_ones(tmp_path, monkeypatch):
-    """Two seeds done; one row done with other flags; one unfinished, one without its test; one not begun."""
+    """One row done; one unfinished, with a seed that is not fine-tuned; one with other flags; one not begun."""
     costs, output = tmp_path / "costs.json", tmp_path / "full"
     monkeypatch.setattr(reproduce, "COSTS", costs)
     table = TABLES["adamae-c"]
@@ -313,6 +313,7 @@ def test_collected_tables_equal_the_stored_ones(tmp_path, monkeypatch):
         store(one, seed, output)
         store(one_tuned, seed, output, top1=top1)
     store(two, 0, output, epochs=50)
+    store(two, 1, output)
     store(four, 0, output, mask_ratio=0.9)
     store(four_tuned, 0, output, top1=70.5, view_fusion="softmax")
     known = Measurements(costs)
@@ -394,4 +395,4 @@ def test_documented_operations_are_the_measured_ones():
         "kinetics/pretrain_mae_st_large_100e": "MAE-ST's ViT-L: {}",
     }
     for recipe, words in named.items():
-        assert words.format(round(costs.of(recipe_flags(recipe))["gflop"])) in text, recipe
+        assert words.format(round(costs.of(recipe_flags(recipe))["gflop"])) in text.replace("\n", " "), recipe

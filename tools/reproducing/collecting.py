@@ -29,11 +29,15 @@ def differs(words: tuple[str, ...], value: object) -> bool:
             ("true", "1", "yes", "on") if value else ("false", "0", "no", "off")
         )
     values = value if isinstance(value, list | tuple) else [value]
-    if len(values) != len(words):
-        return True
-    return any(
-        type(v)(w) != v if isinstance(v, int | float) else w != str(v) for w, v in zip(words, values, strict=True)
-    )
+    return [as_number(word) for word in words] != [as_number(str(one)) for one in values]
+
+
+def as_number(word: str) -> float | str:
+    """1e-3 and 0.001 are the same value of a flag."""
+    try:
+        return float(word)
+    except ValueError:
+        return word
 
 
 def deviations(run: Run, seed: int, output: Path) -> list[str]:
@@ -61,11 +65,11 @@ def deviations(run: Run, seed: int, output: Path) -> list[str]:
 
 
 def progress(run: Run, seed: int, output: Path) -> str:
-    """How far an unfinished run is, "" for one that has not begun."""
-    done = len(read_log(output / run.folder(seed)))
-    if done == run.epochs:
-        return f"seed {seed}: {run.place.rpartition('/')[2]} is not tested" if run.start else ""
-    return f"seed {seed}: {run.place.rpartition('/')[2]} at epoch {done} of {run.epochs}" if done else ""
+    """How far a run of a row that is not finished is, "" for one that has not begun."""
+    done, name = len(read_log(output / run.folder(seed))), run.place.rpartition("/")[2]
+    if done < run.epochs:
+        return f"seed {seed}: {name} at epoch {done} of {run.epochs}" if done else ""
+    return f"seed {seed}: {name} is {'trained, not tested' if run.start else 'done'}"
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float | None, float | None]:
@@ -89,7 +93,7 @@ def accuracies(row: Row, results: list[dict]) -> dict[str, float | None]:
         wanted = getattr(row.published, name)
         found |= {f"published_{name}": wanted, name: mean, f"{name}_deviation": deviation}
         found[f"{name}_difference"] = mean - wanted if None not in (mean, wanted) else None
-    return found | {"seeds": len(results)}
+    return found | {"seeds": len(results)}  # that are done
 
 
 def costs_of(row: Row, cost: dict[str, float]) -> dict[str, float | None]:
@@ -129,6 +133,7 @@ def collect_row(
     return {
         "row": row.name,
         "label": row.label,
+        "wanted_seeds": len(seeds),
         "flags": row.flags,
         **accuracies(row, results),
         **costs_of(row, costs.of(before.settings) if before else {}),

@@ -28,9 +28,11 @@ def with_deviation(found: dict, name: str) -> str:
 
 
 def state_of(found: dict) -> str:
-    """Unfinished runs and differences from the recipe, or how much is done."""
-    parts = [*found["unfinished"], *(f"DIFFERS, {one}" for one in found["differs"])]
-    return "; ".join(parts) or ("finished" if found["seeds"] else "not run")
+    """How many seeds are done, unfinished runs, and differences from the recipe."""
+    done, wanted = found["seeds"], found["wanted_seeds"]
+    parts = [f"{done} of {wanted} seeds"] if 0 < done < wanted else ["finished"] if done == wanted else []
+    parts += [*found["unfinished"], *(f"DIFFERS, {one}" for one in found["differs"])]
+    return "; ".join(parts) or "not run"
 
 
 COLUMNS: dict[str, Callable[[dict], str]] = {
