@@ -284,7 +284,7 @@ def test_finetuning_from_scratch_loads_nothing_and_from_timm_no_file():
 def test_documents_name_only_flags_of_the_programs():
     tools = set(re.findall(r'"(--[a-z_]+)"', "".join(p.read_text() for p in ROOT.glob("tools/**/*.py"))))
     declared = {
-        "PRETRAIN.md": flags_of("run_mae_pretraining.py"),
+        "PRETRAIN.md": flags_of("run_mae_pretraining.py") | tools,
         "FINETUNE.md": flags_of("run_class_finetuning.py") | tools,
         "DATASET.md": flags_of(*PARSERS) | tools,
         "MODELS.md": flags_of("run_class_finetuning.py") | tools,
