@@ -123,14 +123,23 @@ def newest_checkpoint(output_dir: str | Path, report: Callable[[str], None]) -> 
     return None
 
 
+def glance_at_checkpoint(path: str | Path) -> dict:
+    """A file of torch's format without reading its tensors from the disk, for what else it holds.
+
+    Raises:
+        Exception: any, of a damaged file.
+    """
+    with torch.serialization.safe_globals(HARMLESS):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
 def _position(path: Path) -> tuple[float, int]:
     """Returns the last finished epoch and the number of batches after it, without loading the tensors.
 
     A damaged file gets infinity: it is tried first, so that `read_checkpoint` reports it.
     """
     try:
-        with torch.serialization.safe_globals(HARMLESS):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = glance_at_checkpoint(path)
         return state["epoch"], state.get("batch", 0)
     except Exception:  # as in `read_checkpoint`
         return float("inf"), 0

@@ -12,7 +12,7 @@
 #                 of its own pre-training recipe
 #   DATA_SET      another data set of the table in datasets.py than the recipe's, such as Kinetics-600
 #   OUTPUT_DIR    checkpoints and logs; default output/<folder>/<recipe>[-<DATA_SET>][-seed<SEED>]
-#   SEED          overrides the program's default seed
+#   SEED          overrides the program's default seed; {seed} in MODEL and OUTPUT_DIR stands for it
 #   DRY_RUN=1     prints the command, runs nothing
 #   PYTHON        interpreter; default .venv/bin/python if it exists, else python3
 # On one or several machines (torchrun; run the same recipe on every machine):
@@ -21,7 +21,7 @@
 # In a SLURM job (srun; see scripts/slurm.sh) the job's own variables are used. After a signal the processes save and
 # exit with status 75 one by one, so srun must not kill the others with the first (--kill-on-bad-exit); after a
 # failure they exit within --dist_timeout, or --wait seconds after the first has exited.
-#   LAUNCHER=torchrun|srun overrides the choice between the two.
+#   LAUNCHER=torchrun|srun overrides the choice between the two; LAUNCHER=none starts one process by itself.
 #
 # With fewer GPUs the optimiser steps stay the same, through gradient accumulation:
 #   update_freq = TOTAL_BATCH / (GPUs x BATCH_SIZE)
@@ -33,6 +33,8 @@ if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
     if [[ -x $ROOT/.venv/bin/python ]]; then PYTHON=$ROOT/.venv/bin/python; fi
 fi
+MODEL=${MODEL:-} OUTPUT_DIR=${OUTPUT_DIR:-}
+MODEL=${MODEL//\{seed\}/${SEED:-}} OUTPUT_DIR=${OUTPUT_DIR//\{seed\}/${SEED:-}}
 export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$ROOT/.venv/ffmpeg" # for torchcodec, see env.sh
 
 fail() {
@@ -94,7 +96,8 @@ launch() {
     case "${LAUNCHER:-$launcher}" in
         srun) choose_srun ;;
         torchrun) choose_torchrun ;;
-        *) fail "LAUNCHER=$LAUNCHER: it is torchrun or srun" ;;
+        none) gpus=1 command=("$PYTHON") ;;
+        *) fail "LAUNCHER=$LAUNCHER: it is torchrun, srun or none" ;;
     esac
     share_batch
 

@@ -9,7 +9,8 @@
 #   --nodes N, --gpus N (per node), --cpus N (per GPU)     8, 8 and 12
 #   --partition P, --account A, --time T                   default: the cluster's
 #   --array             several recipes, each a task of one array job with its own name and log; leave OUTPUT_DIR unset
-#   --seeds 0,1,2       each recipe with each of these seeds, also as tasks of an array job
+#   --seeds 0,1,2       each recipe with each of these seeds, also as tasks of an array job; of one recipe, OUTPUT_DIR
+#                       and MODEL may name a folder for each seed with {seed}
 #   --at_once N         maximum number of array tasks running at the same time
 #   --name=value        any other option of sbatch, e.g. --constraint=a100; with --dependency MODEL need not exist yet
 #   --dry_run           prints the command, the job script and the command of each task; submits nothing
@@ -138,7 +139,7 @@ for word in "$@"; do
 done
 ((${#recipes[@]} == 1)) || [[ -n $array ]] || fail "${#recipes[@]} recipes: --array makes them tasks of one job"
 tasks=$((${#recipes[@]} * (${#seeds[@]} ? ${#seeds[@]} : 1)))
-((tasks == 1)) || [[ -z ${OUTPUT_DIR:-} ]] ||
+((tasks == 1)) || [[ -z ${OUTPUT_DIR:-} || (${#recipes[@]} == 1 && $OUTPUT_DIR == *{seed}*) ]] ||
     fail "OUTPUT_DIR=$OUTPUT_DIR would be one folder for $tasks runs: unset it, since each recipe has its own"
 
 [[ -n $dry_run ]] || command -v sbatch >/dev/null ||

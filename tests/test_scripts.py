@@ -285,7 +285,7 @@ def test_documents_name_only_flags_of_the_programs():
     programs = [*ROOT.glob("tools/**/*.py"), *ROOT.glob("benchmarks/*.py")]
     tools = set(re.findall(r'"(--[a-z_]+)"', "".join(p.read_text() for p in programs)))
     declared = {
-        "PRETRAIN.md": flags_of("run_mae_pretraining.py"),
+        "PRETRAIN.md": flags_of("run_mae_pretraining.py") | tools,
         "FINETUNE.md": flags_of("run_class_finetuning.py") | tools,
         "DATASET.md": flags_of(*PARSERS) | tools,
         "MODELS.md": flags_of("run_class_finetuning.py") | tools,
@@ -365,7 +365,7 @@ def test_slurm_job_starts_one_task_per_gpu():
         ({"NNODES": 2}, "set MASTER_ADDR"),
         ({"NNODES": 2, "MASTER_ADDR": "first"}, "set NODE_RANK to this machine's number, 0 to 1"),
         ({"SLURM_JOB_ID": 7}, "--ntasks-per-node"),
-        ({"LAUNCHER": "mpirun"}, "it is torchrun or srun"),
+        ({"LAUNCHER": "mpirun"}, "it is torchrun, srun or none"),
     ],
 )
 def test_wrong_setting_is_one_line_that_says_what_to_change(environment, message):

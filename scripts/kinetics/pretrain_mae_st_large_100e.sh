@@ -4,7 +4,7 @@
 # To reproduce: 84.35 top-1 after fine-tuning, by the validation of the fine-tuning program (MAE-ST repository).
 # The published command does not say on how many GPUs; with 128 the peak rate is the paper's 1.6e-3.
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
-TOTAL_BATCH=256
+TOTAL_BATCH=${TOTAL_BATCH:-256}
 BATCH_SIZE=${BATCH_SIZE:-2}
 
 pretrain --model pretrain_mae_st_large_patch16_224 --decoder_depth 4 \
