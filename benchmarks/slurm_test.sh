@@ -150,7 +150,7 @@ logged() { grep -qs "$2" *-"$1".log; } # JOB TEXT
 ranks() {
     local pid variables
     for pid in $(pgrep -f run_mae_pretraining.py); do
-        if [[ $(ps -o comm= -p "$(ps -o ppid= -p "$pid")") != slurmstepd ]]; then continue; fi # a data worker
+        if [[ $(ps -o comm= -p "$(ps -o ppid= -p "$pid" | tr -d ' ')") != slurmstepd ]]; then continue; fi # a data worker
         variables=$(tr '\0' '\n' <"/proc/$pid/environ")
         if grep -qx "SLURM_JOB_ID=$job" <<<"$variables"; then
             echo "$(sed -n 's/^SLURM_PROCID=//p' <<<"$variables") $pid"
