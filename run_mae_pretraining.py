@@ -48,7 +48,7 @@ from sampling import SAMPLING_LOSSES
 from targets import ERRORS, TARGETS, Losses, Target, create_target
 from utils import SettingError, counted, seed_all
 from weights.names import Weights, load_weights
-from weights.pretraining import PARTS, load_pretraining_weights
+from weights.pretraining import PARTS, load_pretraining_weights, trained_target
 from weights.teachers import Teacher, Tokenizer, check_same_on_all_ranks, load_frozen
 
 
@@ -281,7 +281,8 @@ def build_model(args: argparse.Namespace, settings: Settings, report: Callable[[
     """The model, with the weights to start from."""
     model = create_pretrain_model(**settings.model)
     if settings.weights:
-        load_pretraining_weights(model, settings.weights, parts=args.finetune_parts, report=report)
+        target = trained_target(settings.model, vars(args), patch=model.patch)
+        load_pretraining_weights(model, settings.weights, parts=args.finetune_parts, target=target, report=report)
     settings.weights = None  # as large as the model
     return model
 

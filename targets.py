@@ -54,8 +54,8 @@ class Target:
     """What the decoder predicts of each masked token.
 
     A subclass defines `width` and `__call__`. It overrides `error` where a difference of two vectors is not the
-    measure, and `to_pixels` where a prediction can be drawn. It may ignore `normalize`, which standardises targets,
-    and `num_frames`, the length of a clip.
+    measure, `to_pixels` where a prediction can be drawn, and `describe` where it has settings. It may ignore
+    `normalize`, which standardises targets, and `num_frames`, the length of a clip.
     """
 
     width: int  # numbers that the decoder predicts for a token
@@ -66,6 +66,10 @@ class Target:
 
     def __init__(self, *, patch: int, normalize: bool = True, num_frames: int = 16):
         self.patch, self.normalize, self.num_frames = patch, normalize, num_frames
+
+    def describe(self) -> str:
+        """What it is, in words that tell it from other targets."""
+        return type(self).__name__
 
     def __call__(self, pixels: Tensor, masked: Tensor) -> Tensor:
         """The target of the masked tokens (B,Nm) int64 of clips (B,3,T,H,W) float32 in [0,1].
@@ -119,6 +123,10 @@ class Pixels(Target):
         self.error_note = f"mean square over {space}"
         self.error_top = 2.0 if normalize else None
 
+    def describe(self) -> str:
+        frames, over = f"{self.tubelet} of {TUBELET} frames", "all channels" if self.joint else "each channel"
+        return f"pixels ({frames}, {over}, {'normalised' if self.normalize else 'raw'})"
+
     def _tokens(self, pixels: Tensor) -> Tensor:
         """The values of all tokens before they are standardised: (B,3,T,H,W) -> (B,N,width)."""
         pixels = pixels if self.frames is None else pixels[:, :, self.frames]
@@ -170,6 +178,9 @@ class Gradients(Target):
             raise SettingError(f"--target hog needs tokens of whole cells of {CELL} pixels, --model has {self.patch}")
         self.width = 3 * ORIENTATIONS * self.side**2
 
+    def describe(self) -> str:
+        return f"hog ({'normalised' if self.normalize else 'raw'})"
+
     def __call__(self, pixels: Tensor, masked: Tensor) -> Tensor:
         cells = oriented_gradients(pixels[:, :, ::TUBELET], normalize=self.normalize)  # (B,3,T',H/8,W/8,9)
         tokens = rearrange(cells, "b c t (h p) (w q) o -> b (t h w) (p q c o)", p=self.side, q=self.side)
@@ -189,8 +200,11 @@ class Features(Target):
 
     def __init__(self, *, width: int, network: str, teacher: Callable[[Tensor], Tensor] | None = None, **settings):
         super().__init__(**settings)
-        self.width, self.teacher, self.ready = width, teacher, teacher is not None
+        self.width, self.network, self.teacher, self.ready = width, network, teacher, teacher is not None
         self.error_note = self.measure if self.ready else f"unknown without {network}"
+
+    def describe(self) -> str:
+        return f"features of the {self.network} ({'normalised' if self.normalize else 'raw'})"
 
     def __call__(self, pixels: Tensor, masked: Tensor) -> Tensor:
         features = gather_tokens(self.teacher(pixels), masked).float()  # (B,Nm,width)
@@ -201,6 +215,9 @@ class Tokens(Features):
     """Ids below `width` of a frozen tokenizer: `teacher` maps clips to ids (B,N) int64."""
 
     measure = "cross-entropy"
+
+    def describe(self) -> str:
+        return f"tokens of the {self.network}"
 
     def __call__(self, pixels: Tensor, masked: Tensor) -> Tensor:
         return self.teacher(pixels).gather(1, masked)  # (B,Nm)

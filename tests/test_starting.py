@@ -13,7 +13,7 @@ from probes import make_probe
 from run_mae_pretraining import main
 from runs.checkpoints import CheckpointError, save_checkpoint
 from weights.names import load_weights
-from weights.pretraining import load_pretraining_weights
+from weights.pretraining import load_pretraining_weights, trained_target
 
 TINY = "pretrain_videomae_tiny_patch8_64"
 SMALL = {"num_frames": 4, "input_size": 32, "mask_ratio": 0.75}
@@ -122,6 +122,36 @@ def test_another_target_leaves_the_decoders_head_as_it_was(tmp_path):
     assert report.notes[0] == "decoder.head.weight dropped: (384, 64) in the file and (7, 64) in the model"
 
 
+def features(network: str) -> dict:
+    """A target as wide as pixels are in a token of these models."""
+    return {"target": "features", "target_settings": {"width": 384, "network": network}}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "words"),
+    [
+        ({}, {"target_settings": {"pred_t_dim": 4}}, ()),
+        ({}, {"target_settings": {"joint": True}}, ("(2 of 2 frames, each channel,", "(2 of 2 frames, all channels,")),
+        ({}, {"normalize_target": False}, ("each channel, normalised)", "each channel, raw)")),
+        ({}, features("a"), ("pixels (", "features of the a (normalised)")),
+        (features("a"), features("b"), ("features of the a", "features of the b")),
+        (features("a"), features("a"), ()),
+        (features("a"), {**features("a"), "target": "tokens"}, ("features of the a", "tokens of the a")),
+        ({"target": "hog"}, {}, ("hog (normalised)", "pixels (")),
+    ],
+)
+def test_another_target_is_told_even_where_the_heads_shape_fits(tmp_path, theirs, ours, words):
+    settings = {"name": TINY, **SMALL, "decoder_depth": 1, **theirs}
+    path = save(tmp_path, create_pretrain_model(**settings), model_settings=settings)
+    target = trained_target({**SMALL, **ours}, ours, patch=8)
+    report = load_pretraining_weights(pretrain_model(), load_weights(path), target=target, report=lambda text: None)
+    told = [note for note in report.notes if note.startswith("target: trained with ")]
+    assert len(told) == bool(words)
+    if words:
+        was, now = told[0].split(", this run has ")
+        assert words[0] in was and words[1] in now
+
+
 @pytest.mark.parametrize("kind", ["pre-training", "classifier", "first token", "probe"])
 def test_the_encoder_alone(tmp_path, kind):
     """From a deeper and wider decoder, or from a classifier of ours; the norm of a mean is none of tokens."""
@@ -209,6 +239,7 @@ def test_a_run_starts_from_a_file_and_resumes_from_its_own(videos, tmp_path):
     save_checkpoint(other, {"model": pretrain_model().state_dict()})
     frozen = pretrain(videos, tmp_path / "frozen", "--finetune", source, "--lr", "0", "--min_lr", "0")
     assert frozen.returncode == 0 and f"{source}: AdaMAE pre-training checkpoint\n  loaded: " in frozen.stdout
+    assert "target: trained with" not in frozen.stdout
     after = weights(tmp_path / "frozen" / "checkpoint-1.pth")
     assert all(torch.equal(value, after[name]) for name, value in weights(source).items())
 

@@ -86,15 +86,21 @@ def load_pretrain_model(found: Weights, **changes) -> PretrainVisionTransformer:
 
 
 def load_pretraining_weights(
-    model: PretrainVisionTransformer, found: Weights, *, parts: str = "all", report: Callable[[str], None] = print
+    model: PretrainVisionTransformer,
+    found: Weights,
+    *,
+    parts: str = "all",
+    target: Target | None = None,
+    report: Callable[[str], None] = print,
 ) -> LoadReport:
     """Starts a pre-training model from a checkpoint, and reports it as text.
 
-    A sampler is loaded where both have one. The decoder's head for another target, and the sampler's table of
-    positions for another number of tokens, keep their initial values.
+    A sampler is loaded where both have one. The decoder's head for a target of another width, and the sampler's table
+    of positions for another number of tokens, keep their initial values.
 
     Args:
         parts: "encoder" (without the sampler, of a pre-training or fine-tuned checkpoint), or "all".
+        target: what the model will be trained on; the report says so where the checkpoint's was another.
 
     Raises:
         CheckpointError: as `load_classifier_weights`; or there is no decoder, or one of another architecture.
@@ -107,6 +113,10 @@ def load_pretraining_weights(
             fitted = fit_weights(found, model, needed=_needed(found, model), spare=SPARE)
         except CheckpointError as error:
             raise CheckpointError(f"{error}; --finetune_parts encoder takes the encoder alone") from error
+        if target is not None:
+            trained = trained_target(pretrain_settings(found), found.flags, patch=model.patch).describe()
+            if trained != target.describe():
+                fitted[1].notes.append(f"target: trained with {trained}, this run has {target.describe()}")
     return load_fitted(model, found, fitted, report)
 
 
