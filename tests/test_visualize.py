@@ -267,11 +267,11 @@ def test_draws_a_gif_and_a_png_for_each_video(tmp_path, checkpoint, monkeypatch)
     output = tmp_path / "pictures"
     run(
         monkeypatch, "--model", checkpoint, *videos, "--output", output, "--compare_masks",
-        *("--visible", "predicted"),
+        *("--visible", "predicted", "--three_rows"),
     )  # fmt: skip
     names = {str(p.relative_to(output)) for p in output.rglob("*.*")}
     stems = ("a/clip", "b/clip.mp4", "b/clip.avi")
-    assert names == {stem + end for stem in stems for end in (".gif", ".png", "_masks.png")}
+    assert names == {stem + end for stem in stems for end in (".gif", ".png", "_rows.png", "_masks.png")}
     for stem in stems:
         assert number_of_frames(output / f"{stem}.gif") == SETTINGS["num_frames"]
         assert number_of_frames(output / f"{stem}.png") == 1
