@@ -13,7 +13,7 @@ from probes import make_probe
 from run_mae_pretraining import main
 from runs.checkpoints import CheckpointError, save_checkpoint
 from weights.names import load_weights
-from weights.pretraining import load_pretraining_weights, trained_target
+from weights.pretraining import load_pretrain_model, load_pretraining_weights, trained_target
 
 TINY = "pretrain_videomae_tiny_patch8_64"
 SMALL = {"num_frames": 4, "input_size": 32, "mask_ratio": 0.75}
@@ -150,6 +150,22 @@ def test_another_target_is_told_even_where_the_heads_shape_fits(tmp_path, theirs
     if words:
         was, now = told[0].split(", this run has ")
         assert words[0] in was and words[1] in now
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"dense_encoder": True}, 'encoder.mask_token"'),
+        ({"pos_embed": "separable"}, 'Unexpected key.*"encoder.pos_embed_spatial"'),
+        ({"sampler": {"kind": "mlp"}}, "Missing key.*get_token_probs"),
+    ],
+)
+def test_a_file_without_settings_that_its_shapes_do_not_show_is_one_line(tmp_path, settings, words):
+    source = create_pretrain_model(TINY, **SMALL, decoder_depth=1, **settings)
+    path = save(tmp_path, source, args={"num_frames": 4, "input_size": 32})
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load_pretrain_model(load_weights(path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("kind", ["pre-training", "classifier", "first token", "probe"])

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from math import isqrt
+from textwrap import shorten
 
 from modeling_blocks import TUBELET
 from modeling_finetune import parse_model_name
@@ -80,8 +81,9 @@ def load_pretrain_model(found: Weights, **changes) -> PretrainVisionTransformer:
     model = create_pretrain_model(**settings)
     try:
         model.load_state_dict(found.tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"{found.path} does not fit {settings['name']}: {error}") from error
+    except RuntimeError as error:  # its first line says nothing, the others can name every weight
+        problem = shorten(str(error).partition("\n")[2], 200, placeholder=" ...")
+        raise CheckpointError(f"{found.path} does not fit {settings['name']}: {problem}") from error
     return model.eval()
 
 
