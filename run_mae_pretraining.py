@@ -96,7 +96,7 @@ def get_args_parser() -> Flags:
     add = parser.group("target and losses")
     add("--target", default="pixels", choices=list(TARGETS), help="what is reconstructed")
     add("--teacher", default="", metavar="FILE",
-        help="frozen network whose features are the target: a checkpoint of AdaMAE, VideoMAE or MAE-ST")
+        help="frozen network whose features are the target: a checkpoint that fine-tuning reads, or timm:<name>")
     add("--tokenizer", default="", metavar="FILE",
         help="frozen network whose ids are the target: a program of torch.export.save, clips (B,3,T,H,W) in [0,1] "
              "-> ids (B,N)")

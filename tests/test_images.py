@@ -8,15 +8,18 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer as ImageViT
 from videos import write_list, write_videos
 
+from augment import normalize
 from modeling_finetune import create_classifier
 from modeling_pretrain import create_pretrain_model
 from run_class_finetuning import main
 from runs.checkpoints import CheckpointError, save_checkpoint
+from utils import SettingError
 from weights import images
 from weights.classifier import load_classifier, load_classifier_weights
 from weights.names import load_weights
 from weights.positions import resize_positions
 from weights.pretraining import load_pretraining_weights
+from weights.teachers import Teacher
 
 TINY, TINY_MAE_ST = "vit_tiny_patch8_64", "vit_tiny_mae_st_patch8_64"
 
@@ -178,6 +181,24 @@ def test_nothing_but_fine_tuning_takes_images(tmp_path):
     for load in (lambda: load_pretraining_weights(model, found), lambda: load_classifier(found, headless=True)):
         with pytest.raises(CheckpointError, match="image ViT classifier checkpoint: only fine-tuning can start"):
             load()
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_a_teacher_gives_the_images_own_features_slot_by_slot(tmp_path, class_token):
+    source = image_vit(**({} if class_token else {"class_token": False, "global_pool": "avg", "fc_norm": False}))
+    teacher = Teacher(str(save(tmp_path, source)), patch=8, window=(3, 4, 4))
+    pixels = torch.rand(2, 3, 6, 32, 32)
+    images = normalize(pixels).unflatten(2, (3, 2)).mean(3).transpose(1, 2)  # (B,T',3,H,W), means of slots
+    theirs = source.forward_features(images.flatten(0, 1))[:, -16:].unflatten(0, (2, 3)).flatten(1, 2)  # (B,N,D)
+    close(teacher(pixels), theirs)
+    assert teacher.settings["width"] == 128
+
+
+def test_a_teacher_of_another_patch_or_size_is_refused(tmp_path):
+    with pytest.raises(SettingError, match=r"--teacher .* 3 x 2 x 2 tokens of 2 x 8 x 8 .* they must agree"):
+        Teacher(str(save(tmp_path, image_vit())), patch=16, window=(3, 2, 2))
+    with pytest.raises(CheckpointError, match="3 blocks of width 128, which no model here has"):
+        Teacher(str(save(tmp_path, image_vit(depth=3))), patch=8, window=(3, 4, 4))
 
 
 # --- the program --------------------------------------------------------------------------------------------

@@ -11,11 +11,13 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from masking_generator import Window
 from modeling_blocks import SeparateAttention
-from modeling_finetune import VisionTransformer
+from modeling_finetune import MAE_ST, SIZES, VisionTransformer
 from runs.checkpoints import CheckpointError
+from weights.classifier import load_classifier_weights
 from weights.names import IMAGE_VIT, Weights, plain_name
 
 TIMM = "timm:"  # in front of a model's name, where weights come from the hub
@@ -78,6 +80,43 @@ def inflate(found: Weights, model: VisionTransformer, how: str) -> Weights:
             ours[name] = value
     ignored = [name for name in found.tensors if plain_name(name) not in used]
     return replace(found, tensors=ours, ignored=ignored, converted=f"{found.kind} (inflated: {how})")
+
+
+class ImageEncoder(nn.Module):
+    """An image ViT as a video encoder: clips (B,3,T,H,W) -> tokens (B,N,D), each time slot encoded as an image alone.
+
+    A slot's tokens are those of the mean of its frames, without class token and final norm.
+
+    Args:
+        window: tokens of a clip (T',H',W'); the image's positions are resized to them.
+
+    Raises:
+        CheckpointError: as `inflate`, or its width and depth are those of no model here.
+    """
+
+    def __init__(self, found: Weights, *, window: Window):
+        super().__init__()
+        dim, depth, patch = shape_of(found)
+        size = next((size for size in SIZES.values() if (size.dim, size.depth) == (dim, depth)), None)
+        if size is None:
+            raise CheckpointError(
+                f"{found.path}: {found.kind} of {depth} blocks of width {dim}, which no model here has"
+            )
+        settings = MAE_ST.settings | {"class_token": "cls_token" in found.plain, "num_classes": 1}
+        self.image = VisionTransformer(size=size, patch=patch, window=(1, *window[1:]), **settings)
+        load_classifier_weights(self.image, inflate(found, self.image, "mean"), lambda text: None)
+        self.window, self.dim, self.patch_embed = window, dim, self.image.patch_embed
+
+    def forward_tokens(self, clip: Tensor) -> Tensor:
+        slots = clip.unflatten(2, (self.window[0], -1)).transpose(1, 2)  # (B,T',3,t,H,W)
+        tokens = self.image.forward_tokens(slots.flatten(0, 1))  # (B*T',H'W',D)
+        return tokens.unflatten(0, (len(clip), -1)).flatten(1, 2)  # (B,N,D)
+
+
+def shape_of(found: Weights) -> tuple[int, int, int]:
+    """Width, number of blocks and patch size in pixels of an image ViT."""
+    dim, _, patch, _ = found.plain["patch_embed.proj.weight"].shape
+    return dim, 1 + max(int(name.split(".")[1]) for name in found.plain if name.startswith("blocks.")), patch
 
 
 def _attention(name: str, value: Tensor, model: VisionTransformer) -> dict[str, Tensor]:

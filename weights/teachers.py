@@ -17,7 +17,8 @@ from modeling_pretrain import PretrainVisionTransformer
 from probes import Probe
 from utils import SettingError, gather_from_ranks
 from weights.classifier import classifier_settings, load_classifier
-from weights.names import load_weights, weights_file
+from weights.images import TIMM, ImageEncoder, load_timm
+from weights.names import IMAGE_VIT, load_weights, weights_file
 
 
 class Teacher(nn.Module):
@@ -27,11 +28,12 @@ class Teacher(nn.Module):
     token. The `fc_norm` of other classifiers is left out, since it normalises the mean of all tokens.
 
     Args:
-        file: a checkpoint that `load_weights` reads, of pre-training or of a classifier.
+        file: a checkpoint that `load_weights` reads, of pre-training or of a classifier; or an image ViT of timm, as a
+            file or `timm:<name>`, which encodes each time slot alone (`ImageEncoder`).
         patch, window: of the model to train: side of a token in pixels, tokens (T',H',W').
 
     Raises:
-        CheckpointError: as `load_weights` and `load_classifier`.
+        CheckpointError: as `load_weights`, `load_classifier` and `ImageEncoder`.
         SettingError: its tokens are not those of the model to train.
     """
 
@@ -39,9 +41,13 @@ class Teacher(nn.Module):
 
     def __init__(self, file: str, *, patch: int, window: Window):
         super().__init__()
-        found = load_weights(file)
-        model = load_classifier(found, headless=True, report=lambda text: None)
-        self.encoder = model.encoder if isinstance(model, Probe) else model
+        found = load_timm(file) if file.startswith(TIMM) else load_weights(file)
+        if found.kind.startswith(IMAGE_VIT):
+            self.encoder, statistics = ImageEncoder(found, window=window), "imagenet"
+        else:
+            model = load_classifier(found, headless=True, report=lambda text: None)
+            self.encoder = model.encoder if isinstance(model, Probe) else model
+            statistics = CLASSIFIERS[classifier_settings(found)["name"]].statistics
         theirs = (*self.encoder.patch_embed.proj.kernel_size, *self.encoder.window)
         if theirs != (ours := (TUBELET, patch, patch, *window)):
             raise SettingError(
@@ -53,9 +59,9 @@ class Teacher(nn.Module):
             self.norm = nn.LayerNorm(self.encoder.dim, eps=1e-6)
             self.norm.load_state_dict({name: found.plain[f"norm.{name}"] for name in ("weight", "bias")})
         imagenet = found.flags.get("imagenet_default_mean_and_std", True)
-        family = CLASSIFIERS[classifier_settings(found)["name"]]
-        self.colours = COLOUR_STATISTICS[colour_statistics(family.statistics, imagenet=imagenet)]
-        self.settings = {"width": self.encoder.dim, "network": f"--teacher of sha256 {sha256(weights_file(file))}"}
+        self.colours = COLOUR_STATISTICS[colour_statistics(statistics, imagenet=imagenet)]
+        network = file if file.startswith(TIMM) else f"of sha256 {sha256(weights_file(file))}"
+        self.settings = {"width": self.encoder.dim, "network": f"--teacher {network}"}
         self.requires_grad_(False).eval()
 
     def place(self, device: torch.device, amp: torch.dtype | None) -> "Teacher":
