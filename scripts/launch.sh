@@ -89,6 +89,12 @@ launch() {
         fail "DATA_PATH is not set: the list of pre-training videos, or else the folder of train.csv, val.csv and" \
             "test.csv (DATASET.md)"
     [[ -e $DATA_PATH ]] || fail "DATA_PATH=$DATA_PATH does not exist"
+    if [[ $program == */run_mae_pretraining.py ]]; then
+        [[ ! -d $DATA_PATH ]] || fail "DATA_PATH=$DATA_PATH is a folder: set it to the list of pre-training videos"
+    elif [[ $program == */run_class_finetuning.py ]]; then
+        [[ ! -f $DATA_PATH ]] ||
+            fail "DATA_PATH=$DATA_PATH is a file: set it to a folder of train.csv, val.csv and test.csv"
+    fi
     OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/output/$RECIPE${DATA_SET:+-$DATA_SET}${SEED:+-seed$SEED}}
 
     # Inside an srun step (SLURM_STEP_ID) another srun would wait forever for the step's own resources.
