@@ -15,7 +15,7 @@
 #   SEED          overrides the program's default seed; {seed} in MODEL and OUTPUT_DIR stands for it
 #   DRY_RUN=1     prints the command, runs nothing
 #   PYTHON        interpreter; default .venv/bin/python if it exists, else python3
-# On one or several machines (torchrun; run the same recipe on every machine):
+# On one or several machines (torchrun, but for one process alone; run the same recipe on every machine):
 #   NPROC_PER_NODE  processes on this machine, default one per GPU; NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
 #   MAX_RESTARTS    how often all processes are restarted from the last checkpoint after one dies; default 0
 # In a SLURM job (srun; see scripts/slurm.sh) the job's own variables are used. After a signal the processes save and
@@ -47,7 +47,10 @@ choose_torchrun() {
     local here=${NPROC_PER_NODE:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
     local nodes=${NNODES:-1}
     gpus=$((nodes * here))
-    command=("$PYTHON" -m torch.distributed.run "--nproc_per_node=$here" "--max_restarts=${MAX_RESTARTS:-0}")
+    command=("$PYTHON")
+    # One process needs no launcher, and keeps its exit status; torchrun buries its message under a trace.
+    if ((gpus == 1 && ${MAX_RESTARTS:-0} == 0)) && [[ -z ${SLURM_JOB_ID:-} ]]; then return; fi
+    command+=(-m torch.distributed.run "--nproc_per_node=$here" "--max_restarts=${MAX_RESTARTS:-0}")
     if ((nodes == 1)); then
         command+=(--standalone)
         return

@@ -331,7 +331,15 @@ def test_seed_of_the_environment_has_its_own_folder():
 
 def test_restarts_of_torchrun():
     assert "--max_restarts=3" in command_of(ADAMAE, MAX_RESTARTS=3)
-    assert "--max_restarts=0" in command_of(ADAMAE)
+    assert "--max_restarts=0" in command_of(ADAMAE, NPROC_PER_NODE=2)
+
+
+def test_one_process_starts_without_torchrun_and_keeps_its_message_and_status(tmp_path):
+    assert "torch.distributed.run" not in command_of(ADAMAE)
+    assert "torch.distributed.run" in command_of(ADAMAE, LAUNCHER="torchrun", SLURM_JOB_ID=7)  # not a task of it
+    done = run(ADAMAE, "--device", "cpu", DATA_PATH=os.devnull, OUTPUT_DIR=tmp_path, NPROC_PER_NODE=1)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("run_mae_pretraining.py: error: ")
 
 
 def test_torchrun_on_several_machines():
