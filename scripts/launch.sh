@@ -15,7 +15,7 @@
 #   SEED          overrides the program's default seed; {seed} in MODEL and OUTPUT_DIR stands for it
 #   DRY_RUN=1     prints the command, runs nothing
 #   PYTHON        interpreter; default .venv/bin/python if it exists, else python3
-# On one or several machines (torchrun; run the same recipe on every machine):
+# On one or several machines (torchrun, but for one process alone; run the same recipe on every machine):
 #   NPROC_PER_NODE  processes on this machine, default one per GPU; NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
 #   MAX_RESTARTS    how often all processes are restarted from the last checkpoint after one dies; default 0
 # In a SLURM job (srun; see scripts/slurm.sh) the job's own variables are used. After a signal the processes save and
@@ -47,7 +47,10 @@ choose_torchrun() {
     local here=${NPROC_PER_NODE:-$("$PYTHON" -c 'import torch; print(max(torch.cuda.device_count(), 1))')}
     local nodes=${NNODES:-1}
     gpus=$((nodes * here))
-    command=("$PYTHON" -m torch.distributed.run "--nproc_per_node=$here" "--max_restarts=${MAX_RESTARTS:-0}")
+    command=("$PYTHON")
+    # One process needs no launcher, and keeps its exit status; torchrun buries its message under a trace.
+    if ((gpus == 1 && ${MAX_RESTARTS:-0} == 0)) && [[ -z ${SLURM_JOB_ID:-} ]]; then return; fi
+    command+=(-m torch.distributed.run "--nproc_per_node=$here" "--max_restarts=${MAX_RESTARTS:-0}")
     if ((nodes == 1)); then
         command+=(--standalone)
         return
@@ -89,6 +92,12 @@ launch() {
         fail "DATA_PATH is not set: the list of pre-training videos, or else the folder of train.csv, val.csv and" \
             "test.csv (DATASET.md)"
     [[ -e $DATA_PATH ]] || fail "DATA_PATH=$DATA_PATH does not exist"
+    if [[ $program == */run_mae_pretraining.py ]]; then
+        [[ ! -d $DATA_PATH ]] || fail "DATA_PATH=$DATA_PATH is a folder: set it to the list of pre-training videos"
+    elif [[ $program == */run_class_finetuning.py ]]; then
+        [[ ! -f $DATA_PATH ]] ||
+            fail "DATA_PATH=$DATA_PATH is a file: set it to a folder of train.csv, val.csv and test.csv"
+    fi
     OUTPUT_DIR=${OUTPUT_DIR:-$ROOT/output/$RECIPE${DATA_SET:+-$DATA_SET}${SEED:+-seed$SEED}}
 
     # Inside an srun step (SLURM_STEP_ID) another srun would wait forever for the step's own resources.

@@ -115,6 +115,7 @@ while [[ ${1:-} == -* ]]; do
     case $1 in
         --partition | --account | --time) options+=("$1=$2") ;;
         --seeds)
+            [[ $2 =~ ^[0-9]+(,[0-9]+)*$ ]] || fail "--seeds $2: write whole numbers with commas between, such as 0,1,2"
             IFS=, read -ra seeds <<<"$2"
             arguments=(--seeds "$2")
             ;;

@@ -250,6 +250,8 @@ def test_the_trial_under_a_real_slurm_refuses_without_root(cluster):
         (["--node", "2", ADAMAE], {}, "unknown option --node"),
         (["--array=0-1", ADAMAE], {}, "--array=0-1 is worked out here"),
         ([ADAMAE, VIDEOMAE], {}, "2 recipes: --array makes them tasks of one job"),
+        (["--seeds", "0,,1", ADAMAE], {}, "--seeds 0,,1: write whole numbers with commas between"),
+        (["--seeds", "0 1", ADAMAE], {}, "--seeds 0 1: write whole numbers with commas between"),
         (["--seeds", "0,1", ADAMAE], {"OUTPUT_DIR": "out"}, "one folder for 2 runs"),
         ([ADAMAE], {"DATA_PATH": ""}, "DATA_PATH is not set"),
         ([ADAMAE], {"DATA_PATH": "no such list"}, "DATA_PATH=no such list does not exist"),

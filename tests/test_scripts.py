@@ -331,7 +331,15 @@ def test_seed_of_the_environment_has_its_own_folder():
 
 def test_restarts_of_torchrun():
     assert "--max_restarts=3" in command_of(ADAMAE, MAX_RESTARTS=3)
-    assert "--max_restarts=0" in command_of(ADAMAE)
+    assert "--max_restarts=0" in command_of(ADAMAE, NPROC_PER_NODE=2)
+
+
+def test_one_process_starts_without_torchrun_and_keeps_its_message_and_status(tmp_path):
+    assert "torch.distributed.run" not in command_of(ADAMAE)
+    assert "torch.distributed.run" in command_of(ADAMAE, LAUNCHER="torchrun", SLURM_JOB_ID=7)  # not a task of it
+    done = run(ADAMAE, "--device", "cpu", DATA_PATH=os.devnull, OUTPUT_DIR=tmp_path, NPROC_PER_NODE=1)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("run_mae_pretraining.py: error: ")
 
 
 def test_torchrun_on_several_machines():
@@ -359,6 +367,7 @@ def test_slurm_job_starts_one_task_per_gpu():
     [
         ({"DATA_PATH": ""}, "DATA_PATH is not set"),
         ({"DATA_PATH": "no.csv"}, "DATA_PATH=no.csv does not exist"),
+        ({"DATA_PATH": "tests"}, "DATA_PATH=tests is a folder: set it to the list of pre-training videos"),
         ({"NPROC_PER_NODE": 6}, "6 GPUs cannot share a total batch of 2048"),
         ({"BATCH_SIZE": 48}, "set BATCH_SIZE to a divisor of 2048"),
         ({"NPROC_PER_NODE": 8, "BATCH_SIZE": 512}, "set BATCH_SIZE to a divisor of 256"),
@@ -384,9 +393,10 @@ def test_wrong_setting_is_one_line_that_says_what_to_change(environment, message
         (PROBES[0], {"MODEL": "scratch"}, "MODEL=scratch does not exist: the pre-trained checkpoint to probe"),
         (EVALUATE, {}, "MODEL is not set: the fine-tuned checkpoint to test"),
         (EVALUATE, {"MODEL": os.devnull, "DATA_PATH": ""}, "folder of train.csv, val.csv and test.csv"),
+        (EVALUATE, {"MODEL": os.devnull, "DATA_PATH": "README.md"}, "is a file: set it to a folder of train.csv"),
     ],
 )
-def test_missing_checkpoint_is_one_line_that_says_so(recipe, environment, message):
+def test_missing_checkpoint_or_folder_is_one_line_that_says_so(recipe, environment, message):
     done = run(recipe, **({"DRY_RUN": 1, "DATA_PATH": os.devnull, "NPROC_PER_NODE": 1} | environment))
     assert done.returncode == 1
     assert done.stdout == ""
