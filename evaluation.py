@@ -235,7 +235,8 @@ def show_confusions(scores: Scores, names: Sequence[str], console: Console) -> n
     """Prints the most confused pairs of classes; returns the picture of all, uint8 (H,W,3)."""
     confusion = confusion_matrix(scores)
     for true, predicted, videos, share in confused_pairs(confusion)[:PAIRS_SHOWN]:
-        console.say(f"confused: {names[true]} taken for {names[predicted]}: {videos} videos, {share:.0%} of the class")
+        number = counted(videos, "video")
+        console.say(f"confused: {names[true]} taken for {names[predicted]}: {number}, {share:.0%} of the class")
     return to_picture(confusions(confusion, names))
 
 

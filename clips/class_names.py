@@ -140,6 +140,13 @@ def check_same_numbers(given: ClassNames, trained: ClassNames) -> None:
             )
 
 
+def names_beside(folder: str, num_classes: int | None) -> ClassNames:
+    """Those in labels.txt beside the lists, which tools/prepare_videos.py writes, if as many as there are classes."""
+    file = Path(folder) / "labels.txt"
+    names = read_labels(str(file)) if file.is_file() else ClassNames()
+    return names if num_classes in (None, len(names.names)) else ClassNames()
+
+
 def read_labels(path: str, num_classes: int | None = None) -> ClassNames:
     """Reads the names of the classes, of `num_classes` if given, from a file, one a line from class 0 on.
 

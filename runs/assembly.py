@@ -120,7 +120,7 @@ class Session(NamedTuple):
         total, decoder = args.batch_size * args.update_freq * size, resolve_decoder(args.decoder)
         self.console.say(
             f"{args.model}, {trained:.2f} M trained parameters, {model}\n"
-            f"{videos} of {args.data_path}, decoder {decoder}, {self.num_workers} data workers a process\n"
+            f"{videos} of {args.data_path}, decoder {decoder}, {counted(self.num_workers, 'data worker')} a process\n"
             f"on {self.world.device} in {precision}\n"
             f"{counted(size, 'process')} x {counted(args.batch_size, 'video')} x {counted(args.update_freq, 'batch')} "
             f"a step = {total}, {counted(args.num_sample, 'clip')} a video\n"

@@ -11,7 +11,7 @@ from videos import write_list, write_videos
 
 from clips.class_names import ClassNames, check_labels, number_lists
 from clips.lists import ListError, read_list, read_splits
-from run_class_finetuning import main
+from run_class_finetuning import get_args_parser, main, read_lists
 from runs.checkpoints import CheckpointError
 from runs.resuming import check_same_classes
 from tools import extract_features, predict
@@ -150,6 +150,24 @@ def test_a_test_takes_the_numbers_of_the_checkpoint(trained, data, tmp_path):
     done = run(tmp_path, "", *flags)
     assert done.returncode == 1 and "test.csv, line 1: " in done.stderr and 'nearest is "jump"' in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["custom"], ("run", "jump")),
+        (["custom", "--nb_classes", "2"], ("run", "jump")),
+        (["custom", "--nb_classes", "3"], ()),
+        (["SSV2"], ()),
+    ],
+)
+def test_numbers_get_the_names_that_prepare_videos_wrote_beside_them(tmp_path, flags, expected):
+    write_list(tmp_path / "labels.txt", "run", "jump")
+    for split in ("train", "val", "test"):
+        write_list(tmp_path / f"{split}.csv", "a.mp4 0", "b.mp4 1")
+    args = get_args_parser().parse_args(["--data_path", str(tmp_path), "--data_set", *flags])
+    lists, names = read_lists(args, None)
+    assert names.names == expected and lists["val"].labels.tolist() == [0, 1]
 
 
 def test_a_run_with_other_classes_does_not_resume(trained, data, tmp_path):

@@ -88,7 +88,7 @@ def test_workers_follow_slurm_unless_their_number_is_given(straight, data, tmp_p
     start_of_flag = SMALL_RUN.index("--num_workers")
     flags = SMALL_RUN[:start_of_flag] + SMALL_RUN[start_of_flag + 2 :]
     done = start(main, *flags, "--data_path", data / "list.csv", "--output_dir", tmp_path)
-    assert done.returncode == 0 and ", 1 data workers a process" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and ", 1 data worker a process" in done.stdout, done.stdout + done.stderr
     assert all(torch.equal(value, weights(straight[0], 1)[name]) for name, value in weights(tmp_path, 1).items())
 
 

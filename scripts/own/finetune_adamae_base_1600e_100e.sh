@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ViT-B, your own classes on one GPU of 24 GB: 100 epochs from the checkpoint of pretrain_adamae_base_1600e.sh, or from
-# a published one (MODEL). Pass --nb_classes where the lists hold numbers, not names.
+# a published one (MODEL). Pass --nb_classes if neither the lists nor labels.txt beside them has names.
 # 1 GPU x 16 x 8 accumulated = 128 videos a step: the total batch and base rate of VideoMAE's UCF101, peak 2.5e-4.
 # 2 augmented copies of each video, so 32 clips at once. The best epoch in validation is tested, on videos of its own.
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
