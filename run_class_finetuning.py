@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from augment import COLOUR_STATISTICS, BatchAugmentation, ClipErasing, ClipMixup
-from clips.class_names import ClassNames, check_classes, number_lists, names_beside, warn_of_empty_classes
+from clips.class_names import ClassNames, check_classes, names_beside, number_lists, warn_of_empty_classes
 from clips.finetune_transforms import build_finetune_transform
 from clips.lists import VideoList, check_readable, draw_fraction, read_splits
 from datasets import DATA_SETS, FRAME_RULES, DataSet, resolve_data_set
@@ -196,8 +196,9 @@ def read_lists(args: argparse.Namespace, weights: Weights | None) -> tuple[dict[
         splits.remove("val")
     lists = read_splits(args.data_path, splits=splits, data_root=args.data_root)
     trained = ClassNames(weights.class_names, str(weights.path)) if args.eval else ClassNames()
-    names, known = number_lists(lists, labels=args.labels, trained=trained), DATA_SETS.get(args.data_set)
-    return lists, names if names.names else names_beside(args.data_path, args.nb_classes or known and known.num_classes)
+    names, entry = number_lists(lists, labels=args.labels, trained=trained), DATA_SETS.get(args.data_set)
+    classes = args.nb_classes or (entry.num_classes if entry else None)
+    return lists, names if names.names else names_beside(args.data_path, classes)
 
 
 def find_weights(args: argparse.Namespace) -> Weights | None:
