@@ -100,7 +100,7 @@ def recipe_flags(recipe: str, total_batch: int | None = None) -> Flags:
     if not script.is_file():
         raise SettingError(f"there is no recipe scripts/{recipe}.sh")
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    given = {"DRY_RUN": "1", "LAUNCHER": "none", "PYTHON": sys.executable, "DATA_PATH": os.curdir, "MODEL": "scratch"}
+    given = {"DRY_RUN": "1", "LAUNCHER": "none", "PYTHON": sys.executable, "DATA_PATH": os.devnull, "MODEL": "scratch"}
     given |= {"TOTAL_BATCH": str(total_batch)} if total_batch else {}
     done = subprocess.run(["bash", str(script)], cwd=ROOT, env=kept | given, capture_output=True, text=True)
     if done.returncode:
