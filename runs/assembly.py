@@ -44,11 +44,11 @@ def warn_of_low_rate(args: argparse.Namespace, world: World, console: Console) -
 
     Only AdamW's rates are known.
     """
-    scale = rate_scale(args, world)
-    if args.opt.lower() == "adamw" and args.lr * scale < LEAST_PEAK:
+    scale, lr = rate_scale(args, world), max(getattr(args, "probe_lrs", None) or [args.lr])
+    if args.opt.lower() == "adamw" and lr * scale < LEAST_PEAK:
         more = f"accumulate batches (--update_freq; the total batch is {256 * scale:g}) or " * (scale < 1)
         console.warn_once(
-            f"the peak learning rate of {args.lr * scale:.2g} is too low to learn much, the published runs have 2.2e-4 "
+            f"the peak learning rate of {lr * scale:.2g} is too low to learn much, the published runs have 2.2e-4 "
             f"to 2.4e-3: {more}raise --lr"
         )
 

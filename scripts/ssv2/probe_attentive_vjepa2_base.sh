@@ -4,7 +4,7 @@
 # 64 GPUs x 4 = 256 videos a step.
 # To reproduce: no number is published for this protocol.
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
-TOTAL_BATCH=256
+TOTAL_BATCH=${TOTAL_BATCH:-256}
 BATCH_SIZE=${BATCH_SIZE:-4}
 
 probe --attentive_probe --probe_blocks 4 --model vit_base_patch16_224 --data_set SSV2 --epochs 20 --warmup_epochs 0 \

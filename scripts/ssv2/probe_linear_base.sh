@@ -4,7 +4,7 @@
 # 8 GPUs x 128 = 1024 videos a step.
 # To reproduce: no number is published for this protocol.
 source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
-TOTAL_BATCH=1024
+TOTAL_BATCH=${TOTAL_BATCH:-1024}
 BATCH_SIZE=${BATCH_SIZE:-128}
 
 probe --linear_probe --probe_batch_norm --model vit_base_patch16_224 --data_set SSV2 --epochs 90 --warmup_epochs 10 \
