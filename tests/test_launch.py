@@ -217,9 +217,10 @@ def test_a_task_of_an_array_renames_its_log_once(cluster):
 
 
 def test_a_checkpoint_may_come_into_being_while_a_job_waits(cluster):
-    waiting = cluster.run(SLURM, "--dependency=afterok:7", FINETUNE, MODEL="later.pth")
+    given = {"MODEL": "later.pth", "DATA_PATH": cluster.folder}
+    waiting = cluster.run(SLURM, "--dependency=afterok:7", FINETUNE, **given)
     assert waiting.returncode == 0 and cluster.calls_of("sbatch"), waiting.stderr
-    started = cluster.start_job([str(SLURM), FINETUNE], MODEL="later.pth")
+    started = cluster.start_job([str(SLURM), FINETUNE], **given)
     assert started.returncode == 1 and "MODEL=later.pth does not exist" in started.stderr
 
 
